@@ -1,0 +1,2230 @@
+"""flowstore: the local state store of a task runner, in one file.
+
+A cache (key to bytes), the history of executions per ref, records of detached background runs, and variables
+scoped to a running process with fallback to a root scope, for many short-lived processes that share one file:
+
+    store = flowstore.SQLiteDataStore()             # $FLOWSTORE_PATH, or the user's cache folder
+    store.set_process_var(flowstore.environment_bucket(), "region", "eu-1")
+    with store.execution("build app") as run:
+        run.exit_code = subprocess.call(["make"], env=run.env)
+
+A Python implementation of the Go package `store` of *flow*, on SQLite in WAL mode instead of bbolt. An
+acknowledged write is on the disk, nobody waits longer than the timeout, and what goes wrong is a StoreError that
+names the file. From top to bottom: constants and errors; records; where things are; the interface; the schema;
+connections; the store; runs; moving old data; the command line.
+
+Copyright (c) 2026 The flowstore authors. Licence: MIT. SPDX-License-Identifier: MIT
+"""
+
+from __future__ import annotations
+
+import abc
+import gc
+import mmap
+import os
+import sqlite3
+import stat
+import struct
+import sys
+import threading
+import time
+import zlib
+from collections import namedtuple
+from datetime import datetime, timedelta, timezone
+from functools import cache, partial
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+    from typing import Any, NamedTuple, NoReturn, Self, TypeAlias, TypeVar
+
+    T = TypeVar("T")
+    Record = TypeVar("Record", "ExecutionRecord", "BackgroundRun")
+    Path: TypeAlias = str | os.PathLike[str]
+    Cell: TypeAlias = str | bytes  # a text as SQLite takes it, see _text()
+    Row: TypeAlias = Sequence[Any]
+    Work: TypeAlias = Callable[[sqlite3.Connection], T]
+    Problem: TypeAlias = Callable[[tuple[bytes, ...], bytes, str], None]
+else:
+    class _NamedTupleType(type):
+        def __new__(mcls, name, bases, namespace):
+            if not bases:
+                return super().__new__(mcls, name, bases, namespace)
+            fields = namespace.pop("__annotations__")
+            defaults = [namespace.pop(field) for field in fields if field in namespace]
+            return type(name, (namedtuple(name, fields, defaults=defaults),), {**namespace, "__slots__": ()})
+
+    class NamedTuple(metaclass=_NamedTupleType):
+        """What is needed of typing.NamedTuple; importing typing would be a sixth of the command line's start."""
+
+__version__ = "1.0.0"
+
+# ---- constants and errors ----------------------------------------------------------------------------------
+
+BUCKET_ENV = "FLOW_PROCESS_BUCKET"
+ROOT_BUCKET = "root"
+RUN_SOURCE_ENV = "FLOW_RUN_SOURCE"
+RUN_CLIENT_ENV = "FLOW_RUN_CLIENT"
+RUN_SESSION_ENV = "FLOW_RUN_SESSION"
+RUN_SOURCE_CLI = "cli"
+RUN_SOURCE_DESKTOP = "desktop"
+RUN_SOURCE_MCP = "mcp"
+
+
+class RunStatus:
+    """The usual values of ExecutionRecord.status; any other string is stored and returned as it is."""
+
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+class BackgroundRunStatus(RunStatus):
+    """The usual values of BackgroundRun.status; any other string is stored and returned as it is."""
+
+
+class StoreError(Exception):
+    """The base of all that a store raises for the world's faults. The message says what to do; `path` is the file."""
+
+    def __init__(self, message: str, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+
+    def __reduce__(self) -> tuple[type[StoreError], tuple[str, str]]:
+        return type(self), (str(self), self.path)
+
+
+class NotFoundError(StoreError, LookupError):
+    """There is no variable or background run of that name."""
+
+
+class StoreBusyError(StoreError, TimeoutError):
+    """Another process kept the lock for longer than the timeout. Through TimeoutError it is an OSError too."""
+
+
+class CorruptStoreError(StoreError):
+    """The file is damaged, or is no store at all."""
+
+
+# ---- records -----------------------------------------------------------------------------------------------
+
+
+class ExecutionRecord(NamedTuple):
+    """One run of a ref. Times are aware, and returned in UTC. Checked where it is stored: ValueError for a naive
+    time, an instant outside the years 1 to 9999 in UTC, an integer outside int64 (a duration's: nanoseconds), an
+    empty ref; TypeError for a field of another type."""
+
+    ref: str
+    started_at: datetime
+    duration: timedelta = timedelta(0)
+    exit_code: int = 0
+    error: str = ""
+    log_archive_id: str = ""
+    id: str = ""
+    completed_at: datetime | None = None
+    status: str = ""
+    pid: int = 0
+    command: str = ""
+    spec: str = ""
+    label: str = ""
+    source: str = ""
+    client_name: str = ""
+    session_id: str = ""
+    working_dir: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The original's JSON object: ref, startedAt, duration (nanoseconds), exitCode, and what isn't empty."""
+        return _to_dict(self, ("ref", "started_at", "duration", "exit_code"))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ExecutionRecord:
+        """The record of such an object; other tags are ignored, None is empty. ValueError where ref or startedAt
+        is missing or a value out of range, TypeError for one of another type."""
+        return _load(cls, *_row_of_dict(cls, data))
+
+
+class BackgroundRun(NamedTuple):
+    """A detached run, kept by its id; checked as an ExecutionRecord is."""
+
+    id: str
+    pid: int
+    ref: str
+    started_at: datetime
+    status: str
+    log_archive_id: str = ""
+    error: str = ""
+    completed_at: datetime | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The original's JSON object: id, pid, ref, startedAt, status, and what isn't empty."""
+        return _to_dict(self, ("id", "pid", "ref", "started_at", "status"))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> BackgroundRun:
+        """The run of such an object; errors as ExecutionRecord's."""
+        return _load(cls, *_row_of_dict(cls, data))
+
+
+def _check(what: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{what} must be of type {kind.__name__}, not {type(value).__name__}")
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _text(what: str, value: Any) -> Cell:
+    """A text as SQLite takes it: itself, or the bytes that it carries where they are no UTF-8 (PEP 383)."""
+    if type(value) is str and value.isascii():
+        return value
+    _check(what, value, str)
+    try:
+        data = _utf8(value)
+        if _str(data) == value:
+            return value if data == value.encode("utf-8", "replace") else data
+    except UnicodeEncodeError:
+        pass
+    raise ValueError(f"{what} has a surrogate that stands for no byte")
+
+
+def _str(cell: object) -> str:
+    """The text of which _text() made a cell."""
+    if isinstance(cell, bytes):
+        return cell.decode("utf-8", "surrogateescape")
+    if not isinstance(cell, str):
+        raise _Damaged
+    return cell
+
+
+def _name(what: str, value: object) -> Cell:
+    """A key, ref, bucket or id as SQLite takes it."""
+    if value == "":
+        raise ValueError(f"{what} must not be empty")
+    return _text(what, value)
+
+
+def _names(what: str, values: Iterable[str]) -> dict[str, Cell]:
+    if isinstance(values, str):
+        raise TypeError(f"{what}s must be several str, not one")
+    return {value: _name(what, value) for value in values}
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    """Names in the order of their bytes. (SQLite puts those that are no UTF-8 behind the others.)"""
+    return sorted(names, key=_utf8)
+
+
+def _integer(what: str, value: Any) -> int:
+    _check(what, value, int)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{what} does not fit into 64 bits")
+    return int(value)
+
+
+def _nanoseconds(what: str, value: Any) -> int:
+    _check(what, value, timedelta)
+    return _integer(what, ((value.days * 86400 + value.seconds) * 10**6 + value.microseconds) * 1000)
+
+
+def _instant(what: str, value: Any) -> str:
+    """A time as the file has it: 30 characters of RFC 3339 in UTC with nanoseconds, which sort as time."""
+    _check(what, value, datetime)
+    if value.utcoffset() is None:
+        raise ValueError(f"{what} must be an aware datetime: this one has no time zone")
+    try:
+        utc = value.astimezone(timezone.utc)
+    except OverflowError:
+        raise ValueError(f"{what} lies outside the years 1 to 9999 in UTC") from None
+    return datetime.isoformat(utc, "T", "microseconds")[:26] + "000Z"
+
+
+def _instant_of_text(what: str, value: Any) -> str:
+    """The same of an RFC 3339 text; keeps the nanoseconds, which a datetime can't."""
+    _check(what, value, str)
+    clock, zone = (value[:-1], "+00:00") if value.endswith("Z") else (value[:-6], value[-6:])
+    fraction = clock[20:] if clock[19:20] == "." else "0" * (len(clock) == 19)
+    try:  # the shape first: fromisoformat() takes much that is no RFC 3339
+        if clock[4:11:3] + zone[3] != "--T:" or not (fraction.isascii() and fraction.isdigit()):
+            raise ValueError
+        utc = datetime.fromisoformat(clock[:19] + zone).astimezone(timezone.utc)
+    except (ValueError, IndexError, OverflowError):
+        raise ValueError(f"{what} is no RFC 3339 time in the years 1 to 9999") from None
+    return f"{utc.isoformat()[:19]}.{fraction:0<9.9}Z"
+
+
+_NUMBERS = ("duration", "exit_code", "pid")
+_TIMES = ("started_at", "completed_at")  # the other fields of both records are texts
+
+
+def _row(cls: type[Record], record: Any, from_json: bool = False) -> list[Any]:
+    """The cells of a record, or of the values of its JSON."""
+    _check("record", record, list if from_json else cls)
+    cells: list[Any] = []
+    for field, value in zip(cls._fields, record, strict=True):
+        convert: Callable[[str, Any], object] = _integer if field in _NUMBERS else _text
+        if field in _TIMES:
+            convert = _instant_of_text if from_json else _instant
+        elif field == "duration" and not from_json:
+            convert = _nanoseconds
+        cells.append(None if value is None and field == "completed_at" else convert(field, value))
+    return cells
+
+
+@cache
+def _tag(field: str) -> str:
+    """The original's JSON tag for a field: logArchiveId for log_archive_id."""
+    return field[0] + field.title().replace("_", "")[1:]
+
+
+def _row_of_dict(cls: type[Record], data: dict[str, Any]) -> list[Any]:
+    _check("data", data, dict)
+    values = []
+    for field in cls._fields:
+        value = data.get(_tag(field))
+        if value is None:
+            if field in ("ref", "started_at") or (field == "id" and cls is BackgroundRun):
+                raise ValueError(f"{_tag(field)} is missing")
+            value = 0 if field in _NUMBERS else None if field in _TIMES else ""
+        values.append(value)
+    return _row(cls, values, from_json=True)
+
+
+def _to_dict(record: ExecutionRecord | BackgroundRun, always: tuple[str, ...]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for field, value in zip(record._fields, record, strict=True):
+        if value or field in always:
+            result[_tag(field)] = value
+            if field in _TIMES:
+                result[_tag(field)] = _instant(field, value)[:-1].rstrip("0").rstrip(".") + "Z"
+            elif field == "duration":
+                result[field] = _nanoseconds(field, value)
+    return result
+
+
+class _Damaged(sqlite3.DatabaseError):
+    """A cell holds what its column can't: SQLite takes any type in any column, and files come from anywhere."""
+
+
+def _time(cell: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(cell)
+    except ValueError:
+        raise _Damaged from None
+    if moment.tzinfo is not timezone.utc:
+        raise _Damaged
+    return moment
+
+
+def _blob(cell: object) -> bytes:
+    if type(cell) is not bytes:
+        raise _Damaged
+    return cell
+
+
+def _load(cls: type[Record], *row: Any) -> Record:
+    """The record in a row."""
+    cells = list(row)
+    if tuple(map(type, cells)) not in _CELL_TYPES[cls]:
+        cells = [_str(cell) if type(cell) is bytes else cell for cell in cells]
+        if tuple(map(type, cells)) not in _CELL_TYPES[cls]:
+            raise _Damaged
+    if cells[7] is not None:  # completed_at in both
+        cells[7] = _time(cells[7])
+    if cls is BackgroundRun:
+        cells[3] = _time(cells[3])
+    else:
+        cells[1] = _time(cells[1])
+        duration = cells[2]  # cut towards zero, so that the extremes can be stored again
+        cells[2] = timedelta(0, 0, duration // 1000 if duration >= 0 else -(-duration // 1000))
+    return cls._make(cells)
+
+
+_CELL_TYPES: dict[type, list[tuple[type, ...]]] = {
+    cls: [tuple(int if field in _NUMBERS else empty if field == "completed_at" else str for field in cls._fields)
+          for empty in (str, type(None))]
+    for cls in (ExecutionRecord, BackgroundRun)}
+_load_execution = partial(_load, ExecutionRecord)
+_load_background = partial(_load, BackgroundRun)
+
+
+# ---- where things are --------------------------------------------------------------------------------------
+
+
+def default_path() -> str:
+    """$FLOWSTORE_PATH, else flowstore.db in $FLOW_CACHE_DIR, else in the folder flow of the user's cache folder:
+    $XDG_CACHE_HOME or ~/.cache, on macOS ~/Library/Caches, on Windows %LocalAppData%. Absolute; nothing is made."""
+    if path := os.environ.get("FLOWSTORE_PATH"):
+        return os.path.abspath(path)
+    if folder := os.environ.get("FLOW_CACHE_DIR"):
+        return os.path.abspath(os.path.join(folder, "flowstore.db"))
+    folder = {"win32": os.environ.get("LOCALAPPDATA", ""), "darwin": os.path.expanduser("~/Library/Caches")}.get(
+        sys.platform, os.environ.get("XDG_CACHE_HOME", ""))
+    if not os.path.isabs(folder):  # as the XDG specification wants it
+        folder = os.path.expanduser("~/.cache")
+    if not os.path.isabs(folder):
+        raise StoreError("no home folder is known for this user: name a store by FLOWSTORE_PATH")
+    return os.path.join(folder, "flow", "flowstore.db")
+
+
+def environment_bucket() -> str:
+    """The current scope: $FLOW_PROCESS_BUCKET with `:`, `/` and space each replaced by `_`; unset or empty: root."""
+    return (os.environ.get(BUCKET_ENV) or ROOT_BUCKET).translate(dict.fromkeys(map(ord, ":/ "), "_"))
+
+
+def run_env_value(name: str) -> str:
+    """An environment variable's value; where that is exactly `${OTHER}`, the value of OTHER; "" where unset."""
+    value = os.environ.get(name, "")
+    return os.environ.get(value[2:-1], "") if value.startswith("${") and value.endswith("}") else value
+
+
+# ---- the interface -----------------------------------------------------------------------------------------
+
+
+class DataStore(abc.ABC):
+    """What every store does: the original's operations and transaction(). Each may raise StoreError.
+
+    Names (key, ref, bucket, id) are non-empty str of any length that survive UTF-8 with surrogateescape there and
+    back; others are a ValueError or TypeError before the store is touched. They are listed in the byte order of
+    their UTF-8 form. Another backend proves itself by the contract suite in test_flowstore.py.
+    """
+
+    @abc.abstractmethod
+    def set_cache_entry(self, key: str, value: bytes) -> None:
+        """Store a bytes-like value under a key, in place of an earlier one. It never expires by itself."""
+
+    @abc.abstractmethod
+    def get_cache_entry(self, key: str) -> bytes | None:
+        """The value of a key, or None."""
+
+    @abc.abstractmethod
+    def get_cache_entries(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """The values of any number of keys, as they are at one moment; missing ones are left out."""
+
+    @abc.abstractmethod
+    def delete_cache_entry(self, key: str) -> None:
+        """Delete a key; a missing one is no error."""
+
+    @abc.abstractmethod
+    def record_execution(self, record: ExecutionRecord) -> None:
+        """Add a record to its ref's history; one with an id replaces that of the same ref and id, in its place."""
+
+    @abc.abstractmethod
+    def get_execution_history(self, ref: str, limit: int = 0) -> list[ExecutionRecord]:
+        """The newest `limit` records of a ref by started_at, the oldest of them first; limit <= 0: all. Those of one
+        instant keep the order of insertion. The cost grows with what is returned, not with the history."""
+
+    @abc.abstractmethod
+    def get_execution_histories(self, refs: Iterable[str], limit: int = 0) -> dict[str, list[ExecutionRecord]]:
+        """What get_execution_history() returns for each of these refs that has records, at one moment."""
+
+    @abc.abstractmethod
+    def get_all_execution_history(self, limit_per_ref: int = 0) -> dict[str, list[ExecutionRecord]]:
+        """The same for all refs, in their order."""
+
+    @abc.abstractmethod
+    def list_execution_refs(self) -> list[str]:
+        """The refs that have records, in order. The cost grows with their number, not with the records'."""
+
+    @abc.abstractmethod
+    def delete_execution_history(self, ref: str) -> None:
+        """Delete all records of a ref; an unknown one is no error."""
+
+    @abc.abstractmethod
+    def save_background_run(self, run: BackgroundRun) -> None:
+        """Store a run, in place of an earlier one with its id."""
+
+    @abc.abstractmethod
+    def get_background_run(self, id: str) -> BackgroundRun:
+        """The run with this id, or NotFoundError."""
+
+    @abc.abstractmethod
+    def get_background_runs(self, ids: Iterable[str]) -> dict[str, BackgroundRun]:
+        """The runs with these ids, as they are at one moment; missing ones are left out."""
+
+    @abc.abstractmethod
+    def list_background_runs(self) -> list[BackgroundRun]:
+        """All runs, in the order of their ids."""
+
+    @abc.abstractmethod
+    def delete_background_run(self, id: str) -> None:
+        """Delete a run; a missing one is no error."""
+
+    @abc.abstractmethod
+    def create_process_bucket(self, bucket: str) -> None:
+        """Make an empty scope; an existing one stays as it is."""
+
+    @abc.abstractmethod
+    def delete_process_bucket(self, bucket: str) -> None:
+        """Delete a scope with its variables; a missing one is no error."""
+
+    @abc.abstractmethod
+    def set_process_var(self, bucket: str, key: str, value: str) -> None:
+        """Set a variable in a scope, made where it is missing. The value is a str as a name is, or ""."""
+
+    @abc.abstractmethod
+    def get_process_var(self, bucket: str, key: str) -> str:
+        """The variable's value in the scope, else in the scope root, else NotFoundError. "" counts as found."""
+
+    @abc.abstractmethod
+    def get_all_process_vars(self, bucket: str) -> dict[str, str]:
+        """The variables of the scope and of root, in the order of their keys; the scope's own win."""
+
+    @abc.abstractmethod
+    def get_process_var_keys(self, bucket: str) -> list[str]:
+        """The scope's keys in order, then in order those that only root has."""
+
+    @abc.abstractmethod
+    def delete_process_var(self, bucket: str, key: str) -> None:
+        """Delete a variable of this scope alone; a missing one is no error."""
+
+    @abc.abstractmethod
+    def transaction(self) -> AbstractContextManager[DataStore]:
+        """A context manager that yields a store whose operations take effect all together, or, on any exception, not.
+        RuntimeError where it is nested, or used after its end, from another thread or after a fork."""
+
+    def close(self) -> None:  # noqa: B027 - a store without anything to close need not say so
+        """Close the store; here nothing is held, and it stays usable."""
+
+
+# ---- the schema --------------------------------------------------------------------------------------------
+
+_APPLICATION_ID = 0x464C5753  # "FLWS"
+_VERSION = 1  # the oldest schema that can read the file; additive changes don't raise it
+
+# Each object as sqlite_master has it, less "CREATE ". Small tables go without rowid, a tree less each; not `cache`,
+# whose values may be large, nor `history`, whose rowid is the order of insertion. history.identity, a checksum of ref
+# and id, finds a record's predecessor: an index over the names would be a sixth of the file. (An imported record
+# without id has a digest there.) history.process says where the process lives: _process_note().
+_SCHEMA = {
+    "cache": "TABLE cache (key TEXT PRIMARY KEY NOT NULL, value BLOB NOT NULL)",
+    "history": """TABLE history (
+    ref TEXT NOT NULL, started_at TEXT NOT NULL, duration INTEGER NOT NULL, exit_code INTEGER NOT NULL,
+    error TEXT NOT NULL, log_archive_id TEXT NOT NULL, id TEXT NOT NULL, completed_at TEXT, status TEXT NOT NULL,
+    pid INTEGER NOT NULL, command TEXT NOT NULL, spec TEXT NOT NULL, label TEXT NOT NULL, source TEXT NOT NULL,
+    client_name TEXT NOT NULL, session_id TEXT NOT NULL, working_dir TEXT NOT NULL,
+    identity INTEGER, process TEXT NOT NULL)""",
+    "history_by_start": "INDEX history_by_start ON history (ref, started_at)",
+    "history_by_identity": "INDEX history_by_identity ON history (identity) WHERE identity IS NOT NULL",
+    "history_running": "INDEX history_running ON history (pid) WHERE status = 'running'",
+    "background": """TABLE background (
+    id TEXT PRIMARY KEY NOT NULL, pid INTEGER NOT NULL, ref TEXT NOT NULL, started_at TEXT NOT NULL,
+    status TEXT NOT NULL, log_archive_id TEXT NOT NULL, error TEXT NOT NULL, completed_at TEXT) WITHOUT ROWID""",
+    "process_vars": """TABLE process_vars (
+    bucket TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (bucket, key)) WITHOUT ROWID""",
+    "process_buckets": "TABLE process_buckets (bucket TEXT PRIMARY KEY NOT NULL) WITHOUT ROWID",
+}
+_TABLES = [name for name, definition in _SCHEMA.items() if definition.startswith("TABLE")]
+
+# None touches the disk. FULL is the default of most builds, not of all; no automatic checkpoints, see checkpoint();
+# the limit cuts a grown WAL when it starts anew; the last two are for files from elsewhere.
+_SETTINGS = """
+    PRAGMA synchronous = FULL; PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON;
+    PRAGMA wal_autocheckpoint = 0; PRAGMA journal_size_limit = 0; PRAGMA secure_delete = ON;
+    PRAGMA trusted_schema = OFF; PRAGMA cell_size_check = ON;"""
+
+_EXECUTION = ", ".join(ExecutionRecord._fields)
+_BACKGROUND = ", ".join(BackgroundRun._fields)
+
+_SET_CACHE = "INSERT INTO cache (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
+_ADD_CACHE = "INSERT OR IGNORE INTO cache (key, value) VALUES (?, ?)"
+_GET_CACHE = "SELECT value FROM cache WHERE key = ?"
+_DELETE_CACHE = "DELETE FROM cache WHERE key = ?"
+_RECORD = f"""
+    INSERT OR REPLACE INTO history ({_EXECUTION}, identity, process, rowid)
+    VALUES ({"?, " * 19} (SELECT rowid FROM history WHERE identity = ?18 AND ref = ?1 AND id = ?7))"""
+_ADD_RECORD = f"""
+    INSERT INTO history ({_EXECUTION}, identity, process) SELECT {"?, " * 18} ?
+    WHERE NOT EXISTS (SELECT 1 FROM history WHERE identity = ?18 AND ref = ?1 AND id = ?7)"""
+_HISTORY = f"SELECT {_EXECUTION} FROM history WHERE ref = ? ORDER BY started_at DESC, rowid DESC LIMIT ?"
+_REFS = """
+    WITH RECURSIVE refs (ref) AS (  -- from ref to ref through the index, not from record to record
+        SELECT min(ref) FROM history
+        UNION ALL
+        SELECT (SELECT min(ref) FROM history WHERE ref > refs.ref) FROM refs WHERE ref IS NOT NULL)
+    SELECT ref FROM refs WHERE ref IS NOT NULL"""
+_NEWEST_REFS = f"{_REFS} ORDER BY (SELECT max(started_at) FROM history WHERE ref = refs.ref) DESC LIMIT ?"
+_DELETE_HISTORY = "DELETE FROM history WHERE ref = ?"
+_SET_RUN = f"INSERT OR REPLACE INTO background ({_BACKGROUND}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_ADD_RUN = f"INSERT OR IGNORE INTO background ({_BACKGROUND}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_GET_RUN = f"SELECT {_BACKGROUND} FROM background WHERE id = ?"
+_LIST_RUNS = f"SELECT {_BACKGROUND} FROM background ORDER BY id"
+_DELETE_RUN = "DELETE FROM background WHERE id = ?"
+_ADD_BUCKET = "INSERT OR IGNORE INTO process_buckets (bucket) VALUES (?)"
+_LIST_BUCKETS = "SELECT bucket FROM process_buckets"
+_DELETE_BUCKET = "DELETE FROM process_buckets WHERE bucket = ?"
+_DELETE_VARS = "DELETE FROM process_vars WHERE bucket = ?"
+_SET_VAR = """
+    INSERT INTO process_vars (bucket, key, value) VALUES (?, ?, ?)
+    ON CONFLICT (bucket, key) DO UPDATE SET value = excluded.value"""
+_ADD_VAR = "INSERT OR IGNORE INTO process_vars (bucket, key, value) VALUES (?, ?, ?)"
+_GET_VAR = """
+    SELECT value FROM process_vars WHERE bucket IN (?, 'root') AND key = ? ORDER BY bucket = 'root' LIMIT 1"""
+_LIST_VARS = "SELECT bucket, key, value FROM process_vars WHERE bucket IN (?, 'root')"
+_DELETE_VAR = "DELETE FROM process_vars WHERE bucket = ? AND key = ?"
+_RUNNING = """
+    SELECT 'history', ref, id, pid, started_at, process FROM history WHERE status = 'running'
+    UNION ALL SELECT 'background', ref, id, pid, started_at, '' FROM background WHERE status = 'running'"""
+_PRUNE_STEP = 500  # rows, or pages: a few milliseconds
+_PRUNE = {table: [f"""
+    DELETE FROM {table} WHERE {key} IN (
+        SELECT {key} FROM {table} WHERE ref = ?1 AND status <> 'running' {which} LIMIT {_PRUNE_STEP} OFFSET {first})"""
+    for which, first in ((f"ORDER BY started_at DESC, {key} DESC", "?2"), ("AND started_at < ?2", "0"))]
+    for table, key in (("history", "rowid"), ("background", "id"))}
+
+
+def _is_complete(objects: Iterable[Row]) -> bool:
+    """Whether these rows of sqlite_master (type, name, tbl_name, sql) hold the whole schema.
+
+    DatabaseError for what stands in an object's place and isn't it (a view, another layout), and for what would run by
+    itself when our tables are used (a trigger, an expression). Added columns, indexes and tables are welcome.
+    """
+    missing = set(_SCHEMA)
+    for kind, name, table, text in objects:
+        if own := _SCHEMA.get(name.lower()):
+            # ALTER TABLE puts a column at the end, but before the constraints
+            at = len(own) if kind == "index" else own.find(", PRIMARY") if ", PRIMARY" in own else own.rfind(")")
+            head, tail = f"CREATE {own[:at]}", own[at:]
+            added = text[len(head) : len(text) - len(tail)]
+            fits = text == head + added + tail and added[:1] in ("", ",") and "(" not in added
+            missing.discard(name)
+        else:
+            fits = table.lower() not in _TABLES or (kind != "trigger" and (text or "").count("(") <= 1)
+        if not fits:
+            raise sqlite3.DatabaseError(f"its {kind} {name!r} is not the store's")
+    return not missing
+
+
+# ---- connections -------------------------------------------------------------------------------------------
+
+_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
+_WAL_LIMIT = 4 << 20  # bytes; as SQLite's own default, 1,000 pages
+_FORK_PATIENCE = 10.0  # seconds that a fork waits for the operations of other threads
+
+
+class _Process:
+    """What this process has open. SQLite's locks don't outlive a fork, and no thread may be inside SQLite in one:
+    so a fork waits for operations in flight, and what a session or transaction has open is lost to the child."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
+        self.operations = self.forks = 0
+        self.forking = False
+        self.connections: dict[sqlite3.Connection, str] = {}  # with their files
+        self.transactions: set[tuple[int, str]] = set()  # thread and file of each transaction()
+        self.lost: set[str] = set()  # files that were open when this process was forked
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=self.before, after_in_parent=self.after, after_in_child=self.in_child)
+
+    def before(self) -> None:
+        self.lock.acquire()
+        self.forking = True
+        self.changed.wait_for(lambda: self.operations == 0, _FORK_PATIENCE)
+
+    def after(self) -> None:
+        self.forking = False
+        self.changed.notify_all()
+        self.lock.release()
+
+    def in_child(self) -> None:
+        self.changed = threading.Condition(self.lock)
+        self.forks += 1
+        self.operations = 0
+        self.lost.update(self.connections.values())
+        if self.connections:  # closing one here would undo what the parent writes: keep them for good
+            kept: list[Any] = [*self.connections]
+            kept.append(kept)
+            gc.freeze()
+        self.connections.clear()
+        self.transactions.clear()
+        self.after()
+
+
+_process = _Process()
+
+
+class _Operation:
+    """Encloses each use of SQLite: a fork waits for it, and what SQLite and the system raise becomes StoreErrors."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def __enter__(self) -> None:
+        with _process.lock:
+            while _process.forking:
+                _process.changed.wait()
+            _process.operations += 1
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        with _process.lock:
+            _process.operations -= 1
+            if _process.forking:
+                _process.changed.notify_all()
+        if isinstance(error, (sqlite3.Error, OSError, OverflowError)):
+            # an error of the sqlite3 module itself has no code, and may quote a value
+            quotes = isinstance(error, sqlite3.Error) and not hasattr(error, "sqlite_errorcode")
+            raise _translated(error, self.file) from (None if quotes else error)
+
+
+def _code(error: Exception) -> int:
+    if isinstance(error, OverflowError):
+        return sqlite3.SQLITE_TOOBIG
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+_REASONS = {
+    sqlite3.SQLITE_FULL: "the disk is full: nothing of this was changed; make room and try again",
+    sqlite3.SQLITE_READONLY: "it can't be written to: check the rights of the file and of its folder",
+    sqlite3.SQLITE_TOOBIG: "a value is larger than SQLite takes, 1,000,000,000 bytes: keep it in a file",
+    sqlite3.SQLITE_CANTOPEN: "it or what SQLite keeps beside it can't be opened: is it a file, its path shorter"
+    " than 512 bytes, and are the rights of the file and its folder yours?",
+    sqlite3.SQLITE_IOERR: "the system can't read or write it: is the disk full, a limit reached, or is this a"
+    " file system without locks and shared memory, as network ones are?",
+}
+
+
+def _translated(error: Exception, file: str) -> StoreError:
+    """The StoreError for what SQLite or the system has raised: what is wrong, and the way out."""
+    if isinstance(error, StoreError):  # a StoreBusyError is an OSError too
+        return error
+    code, kind = _code(error), StoreError
+    if isinstance(error, OSError):
+        reason = f"{error.strerror or error}: name a path in a folder that you can write to"
+    elif code in _BUSY:
+        kind, reason = StoreBusyError, f"another process has it locked ({error}): try again"
+    elif code in _REASONS:
+        reason = f"{_REASONS[code]} ({error})"
+    elif code == sqlite3.SQLITE_NOTADB:
+        kind, reason = CorruptStoreError, _what_it_is(file)
+    else:
+        detail = f" ({error})" if code or type(error) is not sqlite3.OperationalError else ""
+        kind, reason = CorruptStoreError, f"damaged, or no store{detail}: restore a backup, or move it away"
+    return kind(f"{file}: {reason}", file)
+
+
+def _what_it_is(file: str) -> str:
+    """What a file is that SQLite has refused. Only then may it be read: closing any descriptor of a file drops all
+    locks that the process holds on it."""
+    try:
+        with open(file, "rb") as stream:
+            start = stream.read(1 << 17)
+    except OSError:
+        start = b""
+    # bbolt's magic number, behind the header of page 0 or, where that is damaged, of page 1
+    if any(start.startswith(b"\xed\xda\x0c\xed", page + 16) for page in (0, *(512 << n for n in range(8)))):
+        return "a bbolt file, as the original's store.db is: bring it over with `flowstore import FILE`"
+    return "no SQLite file, so no store: name another path, or move the file away"
+
+
+def _make_folder(folder: str) -> None:
+    """Make a folder and those above it, with mode 0700 whatever the umask."""
+    if not os.path.isdir(folder):
+        _make_folder(os.path.dirname(folder))
+        try:
+            os.mkdir(folder, 0o700)
+            os.chmod(folder, 0o700)
+        except FileExistsError:
+            pass
+
+
+def _make_file(file: str) -> None:
+    """Make an empty file with mode 0600 whatever the umask; FileExistsError where something is there."""
+    with _process.lock:  # closing it drops all locks on the file: no thread may have opened it by then
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        os.chmod(file, 0o600)
+
+
+def _connect(file: str, options: str = "mode=rw") -> sqlite3.Connection:
+    path = os.fsencode(file.replace(os.sep, "/"))
+    uri = "".join(chr(byte) if bytes((byte,)).isalnum() or byte == 47 else f"%{byte:02X}" for byte in path)
+    with _process.lock:
+        sql = sqlite3.connect(f"file:{'' if uri[0] == '/' else '/'}{uri}?{options}", uri=True, timeout=0,
+                              isolation_level=None, check_same_thread=False)
+    _process.connections[sql] = file
+    sql.executescript(_SETTINGS)
+    return sql
+
+
+def _disconnect(sql: sqlite3.Connection) -> None:
+    """Close a connection, rolling back what is open; a file's last one clears the WAL away, within SQLite."""
+    _process.connections.pop(sql, None)
+    sql.close()
+
+
+def _create(sql: sqlite3.Connection) -> None:
+    for definition in _SCHEMA.values():
+        sql.execute("CREATE " + definition.replace(" ", " IF NOT EXISTS ", 1))
+
+
+def _read_blank(work: Work[T]) -> T:
+    """Run work on an empty store: what a missing or blank file reads as."""
+    sql = sqlite3.connect(":memory:", isolation_level=None)
+    try:
+        _create(sql)
+        return work(sql)
+    finally:
+        sql.close()
+
+
+class _Connection:
+    """A connection to a store's file. Here, and only here, a lock is awaited, a transaction begun and ended, and a
+    file recognised and made."""
+
+    def __init__(self, store: SQLiteDataStore) -> None:
+        self.store = store
+        self.file = store._file
+        self.sql: sqlite3.Connection
+        self.seen: object = None  # the state of a file that can only be looked at, when it was opened
+        self.waiting_since = self.pause = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def open(self, make: bool) -> bool:
+        """Open the file, made first where it is missing; False where it is missing and not to be made."""
+        if self.file in _process.lost:
+            raise RuntimeError(f"{self.file}: a session or transaction had it open when this process was forked, so"
+                               " SQLite can't use it here: fork outside of them, or start processes by spawn")
+        while True:
+            try:
+                self.sql = _connect(self.file)
+                return True
+            except sqlite3.OperationalError:
+                if os.path.lexists(self.file):
+                    raise
+            if not make:
+                return False
+            _make_folder(os.path.dirname(self.file))
+            try:
+                _make_file(self.file)
+            except FileExistsError:
+                pass
+
+    def close(self) -> None:
+        if hasattr(self, "sql"):
+            _disconnect(self.sql)
+
+    def wait(self) -> None:
+        """Sleep a moment, since somebody else has the lock; StoreBusyError when that has lasted for the timeout.
+
+        SQLite's own handler sleeps up to 0.1 s at a time: of 64 writers the unluckiest waits for more than a second.
+        Here pauses grow from 0.5 to 32 ms, but the longer one has waited, the oftener one tries.
+        """
+        now = time.monotonic()
+        if not self.waiting_since:
+            self.waiting_since, self.pause = now, 0.00025
+        waited, timeout = now - self.waiting_since, self.store._timeout
+        if waited >= timeout:
+            raise StoreBusyError(f"{self.file}: another process has kept the store locked for {waited:.1f} seconds:"
+                                 " try again, or wait longer by timeout=", self.file)
+        self.pause = min(self.pause * 2, 0.032 if waited < 0.1 else 0.008 if waited < 0.2 else 0.002)
+        jitter = 0.5 + time.perf_counter_ns() % 1000 / 1000
+        time.sleep(min(self.pause * jitter, timeout - waited))
+
+    def begin(self, write: bool) -> bool:
+        """Take the write lock or a snapshot, waiting for others; whether a complete store is in it."""
+        if write and (threading.get_ident(), self.file) in _process.transactions:
+            raise RuntimeError(f"{self.file}: this thread is in a transaction() on it, and would wait for itself")
+        while True:
+            try:
+                self.sql.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+                return self.identify()
+            except sqlite3.OperationalError as error:
+                self.rollback()
+                code = _code(error)
+                if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY) and not write and not self.seen:
+                    # To read, SQLite needs a -shm file; where it can't have one, it reads what nobody writes to.
+                    seen = self._look()
+                    if not seen[-1]:
+                        self.close()
+                        self.sql = _connect(self.file, "mode=ro&immutable=1")
+                        self.seen = seen
+                        continue
+                elif code not in _BUSY:
+                    raise
+            self.wait()
+
+    def identify(self) -> bool:
+        """Whether the file is a complete store; False where it is blank or older. What isn't ours is refused."""
+        application, version, cookie = (self.sql.execute(f"PRAGMA {name}").fetchone()[0]
+                                        for name in ("application_id", "user_version", "schema_version"))
+        if application != _APPLICATION_ID and (application or version or cookie):
+            raise CorruptStoreError(f"{self.file}: another program's SQLite file (application id {application:#x}),"
+                                    " so no store: name another path", self.file)
+        if version > _VERSION:
+            raise StoreError(f"{self.file}: this store needs a newer flowstore (its schema is {version}, this one"
+                             f" knows {_VERSION}): update this copy", self.file)
+        if cookie != self.store._known_schema:
+            if not _is_complete(self.sql.execute("SELECT type, name, tbl_name, sql FROM sqlite_master")):
+                return False
+            self.store._known_schema = cookie
+        return bool(version == _VERSION)
+
+    def rollback(self) -> None:
+        if self.sql.in_transaction:
+            self.sql.execute("ROLLBACK")
+
+    def commit(self) -> None:
+        self.sql.execute("COMMIT")
+        try:
+            if os.stat(self.file + "-wal").st_size > _WAL_LIMIT:
+                self.checkpoint()
+        except (OSError, sqlite3.Error):
+            pass  # what was to be written is; the WAL's size is the next writer's care
+
+    def checkpoint(self) -> None:
+        """Copy the WAL into the file, so that the next writer starts it anew.
+
+        Not by SQLite's automatic checkpoints: until 3.51.2 two of them, and between them a commit that starts the
+        WAL anew, can lose pages. Nobody can start it while this connection holds the write lock; and a passive
+        checkpoint, on another one, waits for no reader.
+        """
+        self.sql.execute("BEGIN IMMEDIATE")
+        try:
+            other = _connect(self.file)
+            try:
+                other.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            finally:
+                _disconnect(other)
+        finally:
+            self.rollback()
+
+    def read(self, work: Work[T]) -> T:
+        """Run work in one snapshot. A blank file reads as an empty store, and stays as it is."""
+        self.waiting_since = 0.0
+        while True:
+            try:
+                result = work(self.sql) if self.begin(write=False) else _read_blank(work)
+                if not self.seen or self.seen == self._look():
+                    return result
+            except sqlite3.Error:
+                if not self.seen or self.seen == self._look():
+                    raise
+            finally:
+                self.rollback()
+            self.wait()
+            self.close()
+            self.seen = None
+            if not self.open(make=False):
+                return _read_blank(work)
+
+    def _look(self) -> tuple[int, ...]:
+        """The state of a file that can only be looked at; last the size of its WAL, which can't be read then."""
+        status = os.stat(self.file)
+        wal = os.stat(self.file + "-wal").st_size if os.path.exists(self.file + "-wal") else 0
+        return status.st_ino, status.st_mtime_ns, status.st_size, wal
+
+    def begin_write(self) -> None:
+        """Take the write lock of a complete store, which is made or completed first."""
+        self.waiting_since = 0.0
+        while not self.begin(write=True):
+            self.rollback()
+            self.initialise()
+
+    def write(self, work: Work[T]) -> T:
+        """Run work in a write transaction, on the disk when this returns."""
+        try:
+            self.begin_write()
+            result = work(self.sql)
+            self.commit()
+            return result
+        except BaseException:
+            self.rollback()
+            raise
+
+    def prepare(self) -> None:
+        """Make the file a store where it isn't one."""
+        while True:
+            complete = self.begin(write=False)
+            self.rollback()
+            if complete and (self.seen or self.sql.execute("PRAGMA journal_mode").fetchone() == ("wal",)):
+                return
+            self.initialise()
+
+    def initialise(self) -> None:
+        """Make a store of a blank file, or add what an older one lacks; to be tried again until it is complete.
+
+        Many processes may do so at once. Who empties a file to unlink it (destroy_store) takes it out of WAL mode
+        first, where SQLite refuses to write to a file that has lost its name: what is at the path counts then.
+        """
+        if not os.path.getsize(self.file):
+            os.chmod(self.file, 0o600)
+        try:
+            self.sql.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            [mode] = self.sql.execute("PRAGMA journal_mode = WAL").fetchone()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_READONLY_DBMOVED:
+                self.close()
+                self.open(make=True)
+            elif _code(error) not in _BUSY:
+                raise
+            self.wait()
+            return
+        if mode != "wal":
+            raise StoreError(f"{self.file}: SQLite can't keep a WAL here, which takes locks and shared memory (its"
+                             f" mode stays {mode}): name a store on a local disk", self.file)
+        try:
+            if not self.begin(write=True):
+                _create(self.sql)
+                self.sql.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                self.sql.execute(f"PRAGMA user_version = {_VERSION}")
+                self.sql.execute("COMMIT")
+        finally:
+            self.rollback()
+
+
+# ---- the store ---------------------------------------------------------------------------------------------
+
+
+class _Operations(DataStore):
+    """The operations, each its SQL and a line or two around it, on _read() and _write()."""
+
+    path: str
+
+    @abc.abstractmethod
+    def _read(self, work: Work[T], snapshot: bool = False) -> T:
+        """Run work on a connection; with snapshot, all its statements see one moment."""
+
+    @abc.abstractmethod
+    def _write(self, work: Work[T]) -> T:
+        """Run work on a connection in a write transaction."""
+
+    def _fetch(self, statement: str, values: Row, load: Callable[..., T]) -> list[T]:
+        return self._read(lambda sql: [load(*row) for row in sql.execute(statement, values)])
+
+    def _fetch_each(self, statement: str, names: dict[str, Cell] | None, load: Callable[..., T],
+                    *values: object) -> dict[str, list[T]]:
+        """What load makes of the rows of each name (None: each ref) that has any. One statement for all would meet
+        SQLite's limit of variables."""
+        def work(sql: sqlite3.Connection) -> dict[str, list[T]]:
+            each = names
+            if each is None:
+                each = _names("ref", _ordered(_str(cell) for (cell,) in sql.execute(_REFS)))
+            rows = ((name, sql.execute(statement, (cell, *values)).fetchall()) for name, cell in each.items())
+            return {name: [load(*row) for row in found] for name, found in rows if found}
+
+        return self._read(work, snapshot=True)
+
+    def _execute(self, *statements: tuple[str, Row]) -> int:
+        """Run statements in one transaction; returns the number of rows that they have changed."""
+        return self._write(lambda sql: sum(sql.execute(*statement).rowcount for statement in statements))
+
+    # -- cache
+
+    def set_cache_entry(self, key: str, value: bytes) -> None:
+        name = _name("key", key)
+        try:
+            view = memoryview(value)
+        except TypeError:
+            raise TypeError(f"value must be bytes-like, not {type(value).__name__}") from None
+        self._execute((_SET_CACHE, (name, view if view.c_contiguous else view.tobytes())))
+
+    def get_cache_entry(self, key: str) -> bytes | None:
+        values = self._fetch(_GET_CACHE, (_name("key", key),), _blob)
+        return values[0] if values else None
+
+    def get_cache_entries(self, keys: Iterable[str]) -> dict[str, bytes]:
+        found = self._fetch_each(_GET_CACHE, _names("key", keys), _blob)
+        return {key: values[0] for key, values in found.items()}
+
+    def delete_cache_entry(self, key: str) -> None:
+        self._execute((_DELETE_CACHE, (_name("key", key),)))
+
+    # -- history
+
+    def record_execution(self, record: ExecutionRecord) -> None:
+        self._execute((_RECORD, _history_row(record)))
+
+    def get_execution_history(self, ref: str, limit: int = 0) -> list[ExecutionRecord]:
+        return self._fetch(_HISTORY, (_name("ref", ref), _limit(limit)), _load_execution)[::-1]
+
+    def get_execution_histories(self, refs: Iterable[str], limit: int = 0) -> dict[str, list[ExecutionRecord]]:
+        return self._histories(_names("ref", refs), limit)
+
+    def get_all_execution_history(self, limit_per_ref: int = 0) -> dict[str, list[ExecutionRecord]]:
+        return self._histories(None, limit_per_ref)
+
+    def _histories(self, names: dict[str, Cell] | None, limit: int) -> dict[str, list[ExecutionRecord]]:
+        found = self._fetch_each(_HISTORY, names, _load_execution, _limit(limit))
+        return {ref: records[::-1] for ref, records in found.items()}
+
+    def list_execution_refs(self) -> list[str]:
+        return _ordered(self._fetch(_REFS, (), _str))
+
+    def delete_execution_history(self, ref: str) -> None:
+        self._execute((_DELETE_HISTORY, (_name("ref", ref),)))
+
+    # -- background runs
+
+    def save_background_run(self, run: BackgroundRun) -> None:
+        row = _row(BackgroundRun, run)
+        _name("id", run.id)
+        _name("ref", run.ref)
+        self._execute((_SET_RUN, row))
+
+    def get_background_run(self, id: str) -> BackgroundRun:
+        runs = self._fetch(_GET_RUN, (_name("id", id),), _load_background)
+        if not runs:
+            raise NotFoundError(f"{self.path}: there is no background run {id!r}", self.path)
+        return runs[0]
+
+    def get_background_runs(self, ids: Iterable[str]) -> dict[str, BackgroundRun]:
+        return {id: runs[0] for id, runs in self._fetch_each(_GET_RUN, _names("id", ids), _load_background).items()}
+
+    def list_background_runs(self) -> list[BackgroundRun]:
+        return sorted(self._fetch(_LIST_RUNS, (), _load_background), key=lambda run: _utf8(run.id))
+
+    def delete_background_run(self, id: str) -> None:
+        self._execute((_DELETE_RUN, (_name("id", id),)))
+
+    # -- process variables
+
+    def create_process_bucket(self, bucket: str) -> None:
+        self._execute((_ADD_BUCKET, (_name("bucket", bucket),)))
+
+    def delete_process_bucket(self, bucket: str) -> None:
+        name = (_name("bucket", bucket),)
+        self._execute((_DELETE_VARS, name), (_DELETE_BUCKET, name))
+
+    def list_process_buckets(self) -> list[str]:
+        """The scopes that were made or written to and not deleted, in order."""
+        return _ordered(self._fetch(_LIST_BUCKETS, (), _str))
+
+    def set_process_var(self, bucket: str, key: str, value: str) -> None:
+        name = _name("bucket", bucket)
+        self._execute((_SET_VAR, (name, _name("key", key), _text("value", value))), (_ADD_BUCKET, (name,)))
+
+    def get_process_var(self, bucket: str, key: str) -> str:
+        values = self._fetch(_GET_VAR, (_name("bucket", bucket), _name("key", key)), _str)
+        if not values:
+            raise NotFoundError(f"{self.path}: there is no variable {key!r} in the scope {bucket!r}"
+                                f"{'' if bucket == ROOT_BUCKET else ' or in root'}", self.path)
+        return values[0]
+
+    def get_all_process_vars(self, bucket: str) -> dict[str, str]:
+        rows = self._fetch(_LIST_VARS, (_name("bucket", bucket),), _load_texts)
+        found = {key: value for of_root in (True, False) for scope, key, value in rows if (scope != bucket) == of_root}
+        return {key: found[key] for key in _ordered(found)}
+
+    def get_process_var_keys(self, bucket: str) -> list[str]:
+        rows = self._fetch(_LIST_VARS, (_name("bucket", bucket),), _load_texts)
+        own = {key for scope, key, _ in rows if scope == bucket}
+        return _ordered(own) + _ordered({key for _, key, _ in rows} - own)
+
+    def delete_process_var(self, bucket: str, key: str) -> None:
+        self._execute((_DELETE_VAR, (_name("bucket", bucket), _name("key", key))))
+
+
+def _load_texts(*row: Any) -> list[str]:
+    return [*map(_str, row)]
+
+
+def _limit(limit: object) -> int:
+    """A limit as SQLite takes it: -1 for all."""
+    return max(_integer("limit", limit), 0) or -1
+
+
+def _history_row(record: ExecutionRecord, process: str = "") -> list[Any]:
+    row = _row(ExecutionRecord, record)
+    _name("ref", record.ref)
+    return [*row, zlib.crc32(_utf8(f"{record.ref}\0{record.id}")) if record.id else None, process]
+
+
+class SQLiteDataStore(_Operations):
+    """A store in an SQLite file, which any number of processes and threads may use at the same time.
+
+    `path` is the file, made where it is missing, with its folder; None or "" is default_path(). StoreError where it
+    can't serve. Each operation opens the file and closes it, and waits up to `timeout` seconds for other processes
+    before it is a StoreBusyError. `.path` is the file's absolute name.
+    """
+
+    def __init__(self, path: Path | None = None, *, timeout: float = 3.0) -> None:
+        _check("timeout", timeout, int if isinstance(timeout, int) else float)
+        if not timeout >= 0:
+            raise ValueError("timeout must be 0 or more seconds")
+        path = "" if path is None else os.fsdecode(path)
+        if path == ":memory:" or "\0" in path:
+            raise ValueError("a store is a file (each operation has a connection of its own); no NUL in its path")
+        self.path = os.path.abspath(path or default_path())
+        self._timeout = min(timeout, 1e6)  # about what SQLite and time.sleep() understand
+        self._file = _resolved(self.path)
+        self._operation = _Operation(self._file)
+        self._known_schema = -1  # SQLite's schema cookie when the schema was last found to be ours
+        self._prepare()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r})"
+
+    def _prepare(self) -> None:
+        with self._operation, _Connection(self) as connection:
+            connection.open(make=True)
+            connection.prepare()
+
+    def _read(self, work: Work[T], snapshot: bool = False) -> T:
+        with self._operation, _Connection(self) as connection:
+            return connection.read(work) if connection.open(make=False) else _read_blank(work)
+
+    def _write(self, work: Work[T]) -> T:
+        with self._operation, _Connection(self) as connection:
+            connection.open(make=True)
+            return connection.write(work)
+
+    def session(self) -> AbstractContextManager[_Session]:
+        """A context manager that yields a store whose operations share one connection, each in its own transaction:
+        for loops. RuntimeError where it is used after its end, from another thread or after a fork."""
+        return _Session(self, False)
+
+    def transaction(self) -> AbstractContextManager[_Session]:
+        return _Session(self, True)
+
+    def execution(self, ref: str, *, id: str | None = None, **fields: str) -> Execution:
+        """A context manager that records a run of ref, in a scope of its own, from its start to its end.
+
+        On entry: a record with status running, and a scope named by its id (by default a UUID; at most 255 bytes,
+        none of them NUL, `:`, `/` or space). Other fields are label, command, spec, log_archive_id, working_dir, and
+        source, client_name and session_id, which default to the environment's (RUN_SOURCE_ENV …). On exit: the
+        record is completed, or failed where exit_code or error is set or an exception goes through, and the scope is
+        gone. Each in one transaction.
+        """
+        if id is None:
+            import uuid
+
+            id = str(uuid.uuid4())
+        if _name("id", id) == ROOT_BUCKET or len(_utf8(id)) > 255 or not set("\0:/ ").isdisjoint(id):
+            raise ValueError("id names a scope: at most 255 bytes, none of NUL, colon, slash and space, and not root")
+        return Execution(self, ExecutionRecord(ref, datetime.now(timezone.utc), id=id, **{
+            "source": run_env_value(RUN_SOURCE_ENV) or RUN_SOURCE_CLI, "client_name": run_env_value(RUN_CLIENT_ENV),
+            "session_id": run_env_value(RUN_SESSION_ENV), "working_dir": _working_dir(), **fields}))  # type: ignore
+
+    def reconcile(self) -> int:
+        """Mark running records and background runs as failed whose process is gone, and delete their scopes; returns
+        how many. What can't be told is left alone: another machine's or pid namespace's, or one without a pid."""
+        gone = self._gone()
+        return self._write(lambda sql: _mark_gone(sql, gone)) if gone else 0
+
+    def _gone(self) -> list[tuple[Any, ...]]:
+        """Table, ref, id, pid and start (as cells) of what is recorded as running and is gone."""
+        running = self._fetch(_RUNNING, (), lambda *row: (row, _time(_str(row[4])), _str(row[5])))
+        return [row[:5] for row, started_at, note in running if _is_gone(row[3], started_at, note)]
+
+    def prune(self, keep: int | None = None, before: datetime | None = None) -> PruneSummary:
+        """Delete, per ref, all but the newest `keep` records, and those that started before `before`; of finished
+        background runs the same. Running ones stay and don't count. In small steps: no writer waits for long."""
+        if keep is not None and _integer("keep", keep) < 0:
+            raise ValueError("keep must be 0 or more")
+        limits = keep, None if before is None else _instant("before", before)
+        deleted = {"history": 0, "background": 0}
+        with self.session() as session:
+            for table, statements in _PRUNE.items():
+                refs = _REFS if table == "history" else "SELECT DISTINCT ref FROM background"
+                for ref in session._fetch(refs, (), lambda cell: cell):
+                    for statement, limit in zip(statements, limits, strict=True):
+                        step = 0 if limit is None else _PRUNE_STEP
+                        while step == _PRUNE_STEP:
+                            step = session._execute((statement, (ref, limit)))
+                            deleted[table] += step
+            free = [0]
+            while free != (free := session._fetch("PRAGMA freelist_count", (), int)) and free[0]:
+                session._write(lambda sql: sql.execute(f"PRAGMA incremental_vacuum({_PRUNE_STEP})").fetchall())
+            session._connection.checkpoint()  # which cuts the file
+        return PruneSummary(**deleted)
+
+    def backup(self, target: Path) -> None:
+        """Copy the store as it is at one moment to a new file with mode 0600, while others go on writing. StoreError
+        where something is at target already; what has been copied is removed where it fails."""
+        target = os.path.abspath(os.fsdecode(target))
+        with self._operation, _Connection(self) as connection:
+            if not connection.open(make=False):
+                raise StoreError(f"{self.path}: there is no store here to copy", self.path)
+            connection.read(lambda sql: _copy(sql, target))
+
+
+def _copy(sql: sqlite3.Connection, target: str) -> None:
+    try:
+        _make_file(target)
+    except OSError as error:  # FileExistsError among them
+        raise StoreError(f"{target}: {error.strerror}: name a new file for the backup", target) from error
+    copy = _connect(target)
+    try:
+        sql.backup(copy)
+    except BaseException as error:
+        _disconnect(copy)
+        os.unlink(target)
+        raise _translated(error, target) if isinstance(error, sqlite3.Error) and _code(error) in _REASONS else error
+    _disconnect(copy)
+
+
+def _resolved(path: str) -> str:
+    """The file behind a path's links. Refused: what another user has put into a folder that anyone may write to, since
+    it may be planted (as Linux's protected_symlinks and protected_regular have it)."""
+    try:
+        entry, folder = os.lstat(path), os.stat(os.path.dirname(path))
+    except OSError:
+        return os.path.realpath(path)
+    if folder.st_mode & stat.S_IWOTH and os.name == "posix" and entry.st_uid not in (os.geteuid(), folder.st_uid):
+        raise StoreError(f"{path}: another user has put this into a folder that anyone may write to: name a path"
+                         " in a folder of your own", path)
+    return os.path.realpath(path)
+
+
+class _Session(_Operations):
+    """What session() and transaction() yield: the operations on one connection, for the thread that opened it."""
+
+    def __init__(self, store: SQLiteDataStore, atomic: bool, connection: _Connection | None = None) -> None:
+        self.path = store.path
+        self._store = store
+        self._atomic = atomic  # a transaction, in which all operations take effect together
+        self._operation = store._operation
+        self._connection = connection or _Connection(store)
+        self._borrowed = connection is not None
+        self._owner: tuple[int, int] | None = None  # while it is open: its thread, and the forks before it
+
+    def __enter__(self) -> Self:
+        if self._owner:
+            raise RuntimeError(f"{self.path}: this session or transaction is open already")
+        owner = threading.get_ident(), _process.forks
+        with self._operation:
+            try:
+                if not self._borrowed:
+                    self._connection.open(make=True)
+                if self._atomic:
+                    self._connection.begin_write()
+                    _process.transactions.add((owner[0], self._connection.file))
+                else:
+                    self._connection.prepare()
+            except BaseException:
+                self._end()
+                raise
+        self._owner = owner
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        owner, self._owner = self._owner, None
+        if owner and owner[1] == _process.forks:  # else it is the parent's, and even closing it would harm that
+            with self._operation:
+                try:
+                    if self._atomic and kind is None:
+                        self._check_alive()
+                        self._connection.commit()
+                finally:
+                    if self._atomic:
+                        _process.transactions.discard((owner[0], self._connection.file))
+                    self._end()
+
+    def _end(self) -> None:
+        if self._borrowed:
+            self._connection.rollback()
+        else:
+            self._connection.close()
+
+    def _check_open(self) -> None:
+        if self._owner != (threading.get_ident(), _process.forks):
+            reason = "was opened by another thread, or before this process was forked: open one here"
+            raise RuntimeError(f"{self.path}: this session or transaction {reason if self._owner else 'is not open'}")
+        if self._atomic:
+            self._check_alive()
+
+    def _check_alive(self) -> None:
+        if not self._connection.sql.in_transaction:
+            raise StoreError(f"{self.path}: SQLite has rolled this transaction back (a full disk, or an I/O error):"
+                             " nothing of it was changed; begin it again", self.path)
+
+    def _read(self, work: Work[T], snapshot: bool = False) -> T:
+        self._check_open()
+        with self._operation:
+            connection = self._connection
+            if connection.sql.in_transaction:
+                return work(connection.sql)
+            if not snapshot and not connection.seen:
+                try:
+                    return work(connection.sql)
+                except sqlite3.OperationalError:
+                    pass  # somebody has the file to himself, or has emptied it: with more care then
+            return connection.read(work)
+
+    def _write(self, work: Work[T]) -> T:
+        if self._atomic:
+            return self._read(work)
+        self._check_open()
+        with self._operation:
+            return self._connection.write(work)
+
+    def transaction(self) -> AbstractContextManager[_Session]:
+        self._check_open()
+        if self._atomic:
+            raise RuntimeError(f"{self.path}: a transaction can't be nested in another")
+        return _Session(self._store, True, self._connection)
+
+
+# ---- the end of a store, and moving old data ---------------------------------------------------------------
+
+
+class _ExistingStore(SQLiteDataStore):
+    """A store that is used where it exists, and not made."""
+
+    def _prepare(self) -> None:
+        pass
+
+
+def destroy_store(path: Path | None = None) -> None:
+    """Remove a store's file with all that is in it; a missing one is no error, and what isn't a store is refused.
+
+    What others write once it has been emptied lives on in a new store. StoreBusyError where one of them keeps the file
+    open for longer than the timeout (3 seconds): the empty file is left.
+    """
+    store = _ExistingStore(path)
+    with store._operation, _Connection(store) as connection:
+        if not connection.open(make=False):
+            return
+        if connection.begin(write=True):  # not alone with it yet: waiting for that would starve under load
+            for name in _plain_tables(connection.sql):
+                connection.sql.execute(f"DROP TABLE {_quoted(name)}")
+            connection.sql.execute("PRAGMA user_version = 0")
+            connection.sql.execute("COMMIT")
+        connection.rollback()
+        connection.waiting_since = 0.0
+        try:
+            while not _unlink(connection):
+                connection.close()
+                if not connection.open(make=False):
+                    return
+        except StoreBusyError:
+            raise StoreBusyError(f"{store.path}: the store has been emptied, but another process keeps it open: only"
+                                 " the empty file is left; end that process and do it again", store.path) from None
+
+
+def _unlink(connection: _Connection) -> bool:
+    """Unlink an emptied file; False where it is to be tried again, with the file that is at the path then.
+
+    Alone with the file, and out of WAL mode: in it, who has the file open could write to it after it has lost its
+    name, and a new file would meet its -wal. The one write is refused by SQLite where that has happened already.
+    """
+    sql = connection.sql
+    try:
+        if connection.begin(write=False):
+            return True  # somebody has made a new store of it, which stays
+        connection.rollback()
+        for statement in ("PRAGMA locking_mode = EXCLUSIVE", "PRAGMA journal_mode = DELETE", "BEGIN EXCLUSIVE"):
+            sql.execute(statement).fetchall()
+        if connection.identify():
+            return True
+        sql.execute("PRAGMA user_version = 0")
+        if os.name == "nt":  # it can't unlink what is open, and refuses to where anybody else has it open
+            connection.close()
+        for name in (connection.file + "-journal", connection.file):
+            try:
+                os.unlink(name)
+            except FileNotFoundError:
+                pass
+        if os.name != "nt":
+            sql.execute("ROLLBACK")  # a mere close would unlink the journal by its name, by now perhaps another's
+        return True
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_READONLY_DBMOVED:
+            return False
+        if _code(error) not in _BUSY:
+            raise
+    connection.wait()
+    return False
+
+
+def migrate_process_buckets(path: Path | None = None) -> list[str]:
+    """Move legacy tables under the process scope, in one transaction; returns the names of the buckets, in order.
+
+    Each table with exactly the columns `key` and `value` that isn't the store's own is a bucket: its rows are added to
+    the scope of its name, where a variable that is there already wins, and the table goes. NULL becomes "", a BLOB its
+    text, a number its decimal text; of equal keys the last row counts. A missing file is no error.
+    """
+    if not os.path.lexists(_ExistingStore(path)._file):
+        return []
+    store = SQLiteDataStore(path)
+    return store._write(_move_legacy_tables) if store._read(_legacy_tables) else []
+
+
+def _plain_tables(sql: sqlite3.Connection) -> list[str]:
+    """The tables that are neither virtual nor SQLite's own nor of a name that is no UTF-8, which sqlite3 can't use."""
+    sql.text_factory = _str
+    rows = sql.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND sql LIKE 'CREATE TABLE %'")
+    return [name for name, in rows if name.lower()[:7] != "sqlite_" and isinstance(_text("name", name), str)]
+
+
+def _legacy_tables(sql: sqlite3.Connection) -> list[str]:
+    def columns(table: str) -> list[tuple[str, int]]:
+        return sorted((row[1], row[6]) for row in sql.execute(f"PRAGMA table_xinfo({_quoted(table)})"))
+
+    return _ordered(name for name in _plain_tables(sql)
+                    if name and name.lower() not in _TABLES and columns(name) == [("key", 0), ("value", 0)])
+
+
+def _move_legacy_tables(sql: sqlite3.Connection) -> list[str]:
+    moved = _legacy_tables(sql)
+    for name in moved:
+        # not by an index: the last row is that of the table's own order
+        rows = sql.execute(f"SELECT key, value FROM {_quoted(name)} NOT INDEXED")
+        variables = {_legacy_text(key): _legacy_text(value) for key, value in rows}
+        sql.execute(_ADD_BUCKET, (name,))
+        sql.executemany(_ADD_VAR, ((name, key, value) for key, value in variables.items()))
+        sql.execute(f"DROP TABLE {_quoted(name)}")
+    return moved
+
+
+def _legacy_text(value: object) -> Cell:
+    return _text("value", _str(value) if isinstance(value, bytes) else "" if value is None else str(value))
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+# ---- runs --------------------------------------------------------------------------------------------------
+
+_GONE = "process exited unexpectedly"
+
+
+class PruneSummary(NamedTuple):
+    """How many records and background runs prune() has deleted."""
+
+    history: int = 0
+    background: int = 0
+
+
+class Execution:
+    """What execution() yields: `id`, `ref`, `bucket` (the run's scope) and `env` (the environment to give a child,
+    which finds scope and store there). The body may set `exit_code`, `error` and `log_archive_id`."""
+
+    def __init__(self, store: SQLiteDataStore, record: ExecutionRecord) -> None:
+        self._store = store
+        self._record = record
+        self.id = self.bucket = record.id
+        self.ref = record.ref
+        self.env = {**os.environ, BUCKET_ENV: record.id, "FLOWSTORE_PATH": store.path}
+        self.exit_code = 0
+        self.error = ""
+        self.log_archive_id = record.log_archive_id
+
+    def __enter__(self) -> Self:
+        self._began = time.monotonic_ns()
+        self._record = self._record._replace(
+            started_at=datetime.now(timezone.utc), status=RunStatus.RUNNING, pid=os.getpid())
+        row = _history_row(self._record, _process_note(os.getpid()))
+        self._store._execute((_RECORD, row), (_ADD_BUCKET, (self.id,)))
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+            self.exit_code = error.code or 0
+        elif error is not None:
+            self.exit_code = self.exit_code or (130 if isinstance(error, KeyboardInterrupt) else 1)
+            self.error = self.error or f"{type(error).__name__}: {error}".removesuffix(": ")
+        row = _history_row(self._record._replace(
+            status=RunStatus.FAILED if self.exit_code or self.error else RunStatus.COMPLETED,
+            exit_code=self.exit_code, log_archive_id=self.log_archive_id, completed_at=datetime.now(timezone.utc),
+            error=_str(self.error.encode("utf-8", "backslashreplace")),
+            duration=timedelta(microseconds=(time.monotonic_ns() - self._began) // 1000)))
+        try:
+            self._store._execute((_RECORD, row), (_DELETE_VARS, (self.id,)), (_DELETE_BUCKET, (self.id,)))
+        except StoreError as failure:
+            if error is None:
+                raise
+            error.add_note(f"and the end of the run was not recorded: {failure}")  # the body's own error goes on
+
+
+def _working_dir() -> str:
+    try:
+        return os.getcwd()
+    except OSError:  # it has been removed
+        return ""
+
+
+def _line(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            return stream.readline().strip()
+    except OSError:
+        return ""
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process began, in clock ticks since the boot; "" where it has ended; None where that can't be told."""
+    fields = _line(f"/proc/{pid}/stat").rpartition(")")[2].split()  # proc(5): the name before it may hold anything
+    return None if len(fields) < 20 else "" if fields[0] in "ZX" else fields[19]
+
+
+def _process_note(pid: int) -> str:
+    """Where a process lives: machine, boot, pid namespace and start; "" where the platform can't tell."""
+    boot = _line("/proc/sys/kernel/random/boot_id")
+    try:
+        machine = _line("/etc/machine-id") or os.uname().nodename
+        return f"{machine} {boot} {os.readlink('/proc/self/ns/pid')} {_start_of(pid) or '-'}" if boot else ""
+    except (OSError, AttributeError):
+        return ""
+
+
+def _is_gone(pid: int, started_at: datetime, note: str) -> bool:
+    """Whether the process of a running record has ended for certain."""
+    noted, here = note.split(" "), _process_note(pid).split(" ")
+    if len(noted) == 4:
+        if noted[1:2] != here[1:2]:  # another boot, of this machine or of another
+            return noted[0] == here[0]
+        if noted[2] != here[2]:
+            return False
+    if pid <= 0 or os.name == "nt":  # there os.kill() would end it
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:
+        pass  # another user's
+    start = _start_of(pid)
+    if not start:
+        return start is not None
+    if len(noted) == 4:
+        return noted[3] not in (start, "-")
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    return booted + int(start) / os.sysconf("SC_CLK_TCK") > started_at.timestamp() + 2  # seconds: clocks are set
+
+
+def _mark_gone(sql: sqlite3.Connection, gone: list[tuple[Any, ...]]) -> int:
+    now, count = _instant("now", datetime.now(timezone.utc)), 0
+    for table, ref, id, pid, started_at in gone:
+        changed = sql.execute(f"""
+            UPDATE {table} SET status = 'failed', error = ?, completed_at = ?
+            WHERE status = 'running' AND ref = ? AND started_at = ? AND id = ? AND pid = ?""",
+            (_GONE, now, ref, started_at, id, pid)).rowcount
+        if changed and id not in ("", ROOT_BUCKET):
+            sql.execute(_DELETE_VARS, (id,))
+            sql.execute(_DELETE_BUCKET, (id,))
+        count += changed
+    return count
+
+
+# -- files of the original: bbolt
+
+
+class ImportSummary(NamedTuple):
+    """What import_bolt() has added, the legacy scopes it has met, and bucket, key and reason of what it couldn't read."""
+
+    cache: int = 0
+    history: int = 0
+    background: int = 0
+    process_vars: int = 0
+    process_buckets: int = 0
+    recovered_runs: int = 0
+    legacy_scopes: int = 0
+    problems: tuple[tuple[str, str, str], ...] = ()
+
+
+def import_bolt(source: Path, path: Path | None = None) -> ImportSummary:
+    """Bring over a file of the original, of any release, in one transaction. What the store has wins; importing again
+    changes nothing. The source is only read, under a shared lock; StoreError where that can't be done.
+
+    Its top-level buckets: `cache`; `history`, with a bucket of records per ref; `background`; `process`, with a bucket
+    of variables per scope; any other is a scope of the first releases. One migration of the original moved background
+    runs into the scope `background`: they are recovered.
+    """
+    source = os.path.abspath(os.fsdecode(source))
+    problems: list[tuple[str, str, str]] = []
+
+    def problem(bucket: tuple[bytes, ...], key: bytes, reason: str) -> None:
+        if len(problems) < _MOST_PROBLEMS:
+            problems.append((_str(b"/".join(bucket)), _str(key), reason))
+
+    try:
+        with open(source, "rb") as stream:
+            _lock_shared(stream, source)
+            entries = _read_bolt(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), problem)
+            counts = SQLiteDataStore(path)._write(lambda sql: _add_entries(sql, entries, problem))
+    except StoreError:
+        raise
+    except (_BoltError, OSError, ValueError) as error:  # ValueError: an empty file can't be mapped
+        kind = StoreError if isinstance(error, OSError) else CorruptStoreError
+        raise kind(f"{source}: {error}: name a file of the original, or a copy of it", source) from None
+    return ImportSummary(**counts, problems=tuple(problems))
+
+
+def _lock_shared(stream: Any, source: str) -> None:
+    """Take the lock that bbolt takes, where the platform and the file system have it."""
+    if os.name != "posix":
+        return
+    import fcntl
+
+    deadline = time.monotonic() + 3.0
+    while True:
+        try:
+            return fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise StoreBusyError(f"{source}: another process keeps it locked: end it first", source) from None
+            time.sleep(0.01)
+        except OSError:
+            return
+
+
+def _add_entries(sql: sqlite3.Connection, entries: Iterable[Any], problem: Problem) -> dict[str, int]:
+    counts = dict.fromkeys(ImportSummary._fields[:-1], 0)
+
+    def add(kind: str, statement: str, *cells: Any) -> None:
+        counts[kind] += sql.execute(statement, cells).rowcount
+
+    # legacy scopes may come before `process`, whose variables win over theirs
+    sql.execute("CREATE TEMP TABLE legacy (bucket, key, value)")
+    for path, key, value in entries:
+        try:
+            match path, value is None:
+                case _ if not key:
+                    raise ValueError("it has no key")
+                case (), True:
+                    if key not in (b"cache", b"history", b"background", b"process"):
+                        counts["legacy_scopes"] += 1
+                        add("process_buckets", _ADD_BUCKET, _cell(key))
+                case (b"cache",), False:
+                    add("cache", _ADD_CACHE, _cell(key), value)
+                case (b"history",), True:
+                    pass
+                case (b"history", ref), False:
+                    add("history", _ADD_RECORD, *_record_cells(ref, key, value))
+                case (b"background",), False:
+                    add("background", _ADD_RUN, *_run_cells(key, value))
+                case (b"process",), True:
+                    if key != b"background":
+                        add("process_buckets", _ADD_BUCKET, _cell(key))
+                case (b"process", b"background"), False if _is_run(key, value):
+                    add("recovered_runs", _ADD_RUN, *_run_cells(key, value))
+                case (b"process", scope), False:
+                    add("process_buckets", _ADD_BUCKET, _cell(scope))
+                    add("process_vars", _ADD_VAR, _cell(scope), _cell(key), _cell(value))
+                case (scope,), False if scope not in (b"history", b"process"):
+                    sql.execute("INSERT INTO legacy VALUES (?, ?, ?)", (_cell(scope), _cell(key), _cell(value)))
+                case _:
+                    raise ValueError("nothing that the original writes there")
+        except (ValueError, TypeError, RecursionError) as error:
+            problem(path, key, str(error))
+    add("process_vars", "INSERT OR IGNORE INTO process_vars (bucket, key, value) SELECT * FROM legacy")
+    return counts
+
+
+def _cell(data: bytes | memoryview) -> Cell:
+    try:
+        return str(data, "utf-8")
+    except UnicodeDecodeError:
+        return bytes(data)
+
+
+def _json(cls: type[Record], value: memoryview) -> dict[str, Any]:
+    """A record's JSON as Go's decoder takes it: names in any case, the last of equal ones, null as nothing."""
+    import json
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no JSON")
+
+    found = json.loads(str(value, "utf-8", "replace"), parse_constant=refuse, object_pairs_hook=lambda pairs: {
+        name.casefold(): each for name, each in pairs if each is not None})
+    if not isinstance(found, dict):
+        raise TypeError("it is no JSON object")
+    data = {tag: found.get(tag.casefold()) for tag in map(_tag, cls._fields)}
+    for tag, each in data.items():
+        if isinstance(each, str) and not each.isascii():  # a lone surrogate is no text for Go
+            data[tag] = each.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    data["startedAt"] = data["startedAt"] or "0001-01-01T00:00:00Z"
+    return data
+
+
+def _run_cells(key: bytes, value: memoryview) -> list[Any]:
+    data = _json(BackgroundRun, value)
+    return _row_of_dict(BackgroundRun, {**data, "id": _str(key), "ref": data["ref"] or ""})
+
+
+def _is_run(key: bytes, value: memoryview) -> bool:
+    try:
+        data = _json(BackgroundRun, value)
+    except (ValueError, TypeError, RecursionError):
+        return False
+    return data["id"] == _str(key) and None not in (data["pid"], data["ref"], data["status"])
+
+
+def _record_cells(ref: bytes, key: bytes, value: memoryview) -> list[Any]:
+    data = _json(ExecutionRecord, value)
+    if len(key) == 8 and not data["id"]:  # a number in sequence, of a record without id: known again by all of it
+        import hashlib
+
+        identity = int.from_bytes(hashlib.blake2b(key + bytes(value), digest_size=8).digest(), "big", signed=True)
+    else:
+        data["id"] = _str(key)
+        identity = zlib.crc32(ref + b"\0" + key)
+    return [*_row_of_dict(ExecutionRecord, {**data, "ref": _str(ref)}), identity, ""]
+
+
+_META = struct.Struct("<4I6Q")  # magic, version, page size, flags, root, sequence, freelist, high water, txid, sum
+_PAGE = struct.Struct("<QHHI")  # id, flags, count, overflow
+_BRANCH_ELEMENT = struct.Struct("<IIQ")  # pos, key size, page id
+_LEAF_ELEMENT = struct.Struct("<4I")  # flags, pos, key size, value size
+_BUCKET = struct.Struct("<QQ")  # root, sequence
+_BRANCH, _LEAF = 1, 2
+_DEEPEST = 100  # real buckets lie three deep; the paths along a crafted chain would grow to the square of the file
+_MOST_PROBLEMS = 1000
+
+
+class _BoltError(Exception):
+    """A page, or the file as a whole, can't be read."""
+
+
+def _read_bolt(data: Any, problem: Problem) -> Iterator[tuple[Any, ...]]:
+    """Yield bucket path, key and value of each entry in the file's order. A nested bucket has the value None, and its
+    entries follow. What can't be read goes to problem: path, key (b"" if unknown) and reason."""
+    file = _BoltFile(data, problem)
+    stack: list[tuple[tuple[bytes, ...], Iterator[tuple[int, bytes, int, int]]]]
+    stack = [((), file.elements((), file.root, None))]
+    while stack:
+        path, elements = stack[-1]
+        for flags, key, begin, end in elements:
+            if not flags:
+                yield path, key, memoryview(data)[begin:end]  # kept nowhere: views stop a map from closing
+                continue
+            yield path, key, None
+            if end - begin < _BUCKET.size or len(stack) == _DEEPEST:
+                problem(path, key, "the bucket is cut short or too deep")
+                continue
+            root, _ = _BUCKET.unpack_from(data, begin)
+            inline = None if root else (begin + _BUCKET.size, end)
+            stack.append(((*path, key), file.elements((*path, key), root, inline)))
+            break
+        else:
+            stack.pop()
+
+
+class _BoltFile:
+    def __init__(self, data: Any, problem: Problem) -> None:
+        self.data, self.problem = data, problem
+        first = self._meta(0)
+        sizes = [first[1]] if first else [1 << n for n in range(9, 32)]
+        metas = [meta for offset in (0, *sizes) if (meta := self._meta(offset))]
+        if not metas:
+            raise _BoltError("not a bbolt file, or both of its meta pages are damaged")
+        _, self.page_size, self.root, high_water = max(metas, key=lambda meta: meta[0])
+        self.end = min(high_water * self.page_size, len(data))
+        self.seen = bytearray(-(-self.end // self.page_size))
+        self.unclaimed = len(data)
+
+    def _meta(self, offset: int) -> tuple[int, int, int, int] | None:
+        """The txid, page size, root page and high-water mark of the meta page at offset, if it is valid."""
+        meta = self.data[offset + _PAGE.size : offset + _PAGE.size + _META.size]
+        if len(meta) < _META.size:
+            return None
+        magic, version, size, _, root, _, _, high_water, txid, checksum = _META.unpack(meta)
+        fnv = 0xCBF29CE484222325
+        for byte in meta[:-8]:
+            fnv = (fnv ^ byte) * 0x100000001B3 % 2**64
+        valid = (magic, version, checksum) == (0xED0CDAED, 2, fnv) and size >= 512 and size & (size - 1) == 0
+        return (txid, size, root, high_water) if valid and offset in (0, size) else None
+
+    def _claim(self, size: int) -> None:
+        # No byte of a sound file belongs to two elements. That all that is read, wherever it claims to lie,
+        # is no more than the file bounds the work and the output.
+        self.unclaimed -= size
+        if self.unclaimed < 0:
+            raise _BoltError("has more in it than the file")
+
+    def elements(self, path: tuple[bytes, ...], root: int, inline: tuple[int, int] | None) -> Iterator[tuple[int, bytes, int, int]]:
+        """The elements of the bucket with that root page, or with root 0 and an inline page."""
+        pages = [root]
+        while pages:
+            number = pages.pop()
+            try:
+                flags, table, end = self._page(path, number, inline)
+                if flags == _LEAF:
+                    yield from self._leaf(path, table, end)
+                else:
+                    pages += [_BRANCH_ELEMENT.unpack_from(self.data, at)[2] for at in reversed(table)]
+            except _BoltError as error:
+                if self.unclaimed == len(self.data):
+                    raise _BoltError(f"its root page {error}") from None
+                self.problem(path, b"", f"page {number} {error}")
+
+    def _page(self, path: tuple[bytes, ...], number: int, inline: tuple[int, int] | None) -> tuple[int, range, int]:
+        """The flags of a page, the offsets of its elements and where it ends."""
+        begin, end = inline or (number * self.page_size, self.end)
+        table = begin + _PAGE.size
+        if table > end:
+            raise _BoltError("lies outside the file")
+        found, flags, count, overflow = _PAGE.unpack_from(self.data, begin)
+        if found != number or flags not in (_BRANCH, _LEAF) or (inline and flags == _BRANCH):
+            raise _BoltError("is damaged")
+        if not inline:
+            if self.seen[number]:
+                raise _BoltError("is referred to twice")
+            self.seen[number] = True
+            end = min(end, begin + (1 + overflow) * self.page_size)
+        fitting = min(count, (end - table) // 16)
+        self._claim(_PAGE.size + 16 * fitting)
+        # The first element's pos is the table's length, so it tells the count a second time (an empty page
+        # has zeros there).
+        first = table + 4 * (flags == _LEAF)
+        pos = int.from_bytes(self.data[first : min(first + 4, end)], "little")
+        if fitting < count or pos != 16 * count:
+            self.problem(path, b"", f"page {number} may have lost entries: their number is damaged")
+        return flags, range(table, table + 16 * fitting, 16), end
+
+    def _leaf(self, path: tuple[bytes, ...], table: range, page_end: int) -> Iterator[tuple[int, bytes, int, int]]:
+        unpack = _LEAF_ELEMENT.unpack_from
+        for at in table:
+            flags, pos, key_size, value_size = unpack(self.data, at)
+            begin = at + pos
+            middle = begin + key_size
+            end = middle + value_size
+            # bbolt lays them end to end, so the next one's pos tells the sizes a second time.
+            expected = at + 16 + unpack(self.data, at + 16)[1] if at != table[-1] else end
+            sound = flags in (0, 1) and table.stop <= begin and end == expected and end <= page_end
+            key = self.data[begin:middle] if table.stop <= begin and middle <= page_end else b""
+            self._claim(len(key) + (value_size if sound and not flags else 0))
+            if sound:
+                yield flags, key, middle, end
+            else:
+                self.problem(path, key, "the entry is damaged")
+
+
+# ---- the command line --------------------------------------------------------------------------------------
+
+_MARKS = {RunStatus.COMPLETED: "\033[32m✓\033[0m", RunStatus.FAILED: "\033[31m✗\033[0m", RunStatus.RUNNING: "\033[33m●\033[0m"}
+
+
+class _Commands:
+    """A command is a method, its docstring its help. It returns what it says: as a JSON document, and as text."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+        self.store = _ExistingStore(options.store)
+        self.path = self.store.path
+        self.status: int | None = None
+
+    def set_(self) -> tuple[Any, str]:
+        """set a variable in the current scope; without VALUE, or with -, from standard input"""
+        value = self.options.value
+        if value in (None, "-"):
+            value = _str(sys.stdin.buffer.read().removesuffix(b"\n")) if sys.stdin else ""
+        self.store.set_process_var(self.options.bucket, self.options.key, value)
+        return {}, ""
+
+    def get_(self) -> tuple[Any, str]:
+        """print a variable of the current scope, or else of the root scope"""
+        value = self.store.get_process_var(self.options.bucket, self.options.key)
+        return value, value + "\n"
+
+    def list_(self) -> tuple[Any, str]:
+        """print all variables of both scopes"""
+        variables = self.store.get_all_process_vars(self.options.bucket)
+        return variables, _table(["KEY", "VALUE"], [*variables.items()])
+
+    def remove_(self) -> tuple[Any, str]:
+        """remove a variable from the current scope"""
+        if os.path.lexists(self.path):
+            self.store.delete_process_var(self.options.bucket, self.options.key)
+        return {}, ""
+
+    def clear_(self) -> tuple[Any, str]:
+        """empty the current scope, or destroy the whole store"""
+        if self.options.all:
+            destroy_store(self.path)
+        elif os.path.lexists(self.path):
+            self.store.delete_process_bucket(self.options.bucket)
+        return {}, ""
+
+    def _reconciled(self, records: Sequence[Record]) -> list[Record]:
+        """Records as they are once the store is reconciled, also where that can't be saved."""
+        rows = self.store._gone() if any(record.status == RunStatus.RUNNING for record in records) else []
+        gone = {(_str(ref), _str(id), pid) for _, ref, id, pid, _ in rows}
+        try:
+            self.store.reconcile()
+        except StoreError:
+            pass
+        return [record._replace(status=RunStatus.FAILED, error=_GONE)
+                if record.status == RunStatus.RUNNING and (record.ref, record.id, record.pid) in gone else record
+                for record in records]
+
+    def history_(self) -> tuple[Any, str]:
+        """show the newest runs of a ref, or of all refs, newest first"""
+        count = max(self.options.count, 0)
+        if self.options.ref is None:  # the newest of all are runs of the refs that ran last
+            refs = self.store._fetch(_NEWEST_REFS, (count or -1,), _str)
+        histories = self.store.get_execution_histories(refs if self.options.ref is None else [self.options.ref], count)
+        records = [record for history in histories.values() for record in reversed(history)]
+        records.sort(key=lambda record: record.started_at, reverse=True)
+        shown = self._reconciled(records[: count or None])
+        return [record.to_dict() for record in shown], _history_text(shown)
+
+    def background_(self) -> tuple[Any, str]:
+        """show the background runs, or one"""
+        one = self.options.id is not None
+        found = [self.store.get_background_run(self.options.id)] if one else self.store.list_background_runs()
+        runs = self._reconciled(found)
+        documents = [run.to_dict() for run in runs]
+        return documents[0] if one else documents, _table(["ID", "PID", "REF", "STATUS", "STARTED", "ERROR"], [
+            [run.id, str(run.pid), run.ref, run.status, _shown_time(run.started_at), run.error] for run in runs])
+
+    def run_(self) -> tuple[Any, str]:
+        """run a command in a scope of its own, and record it"""
+        import shlex
+
+        try:
+            with self.store.execution(self.options.ref, command=shlex.join(self.options.words)) as run:
+                run.exit_code, run.error = _call(self.options.words, run.env)
+                self.status = run.exit_code
+        except StoreError as error:
+            _complain(f"this run is not recorded: {error}")
+            if self.status is None:
+                self.status, _ = _call(self.options.words, None)
+        return {}, ""
+
+    def import_(self) -> tuple[Any, str]:
+        """bring over a file of the original"""
+        found = import_bolt(self.options.file, self.path)
+        self.status = 1 if found.problems else 0
+        problems = [dict(zip(("bucket", "key", "reason"), problem, strict=True)) for problem in found.problems]
+        text = "".join(f"{name} {count}\n" for name, count in found._asdict().items() if name != "problems")
+        text += "".join("not read: " + "  ".join(map(_escaped, problem)) + "\n" for problem in found.problems)
+        return {**found._asdict(), "problems": problems}, text
+
+    def migrate_(self) -> tuple[Any, str]:
+        """move legacy tables under the process scope"""
+        moved = migrate_process_buckets(self.path)
+        return moved, "".join(_escaped(name) + "\n" for name in moved)
+
+    def prune_(self) -> tuple[Any, str]:
+        """delete old runs"""
+        found = (self.store.prune(self.options.keep, self.options.before) if os.path.lexists(self.path) else PruneSummary())
+        return found._asdict(), f"history {found.history}\nbackground {found.background}\n"
+
+    def backup_(self) -> tuple[Any, str]:
+        """copy the store to a new file"""
+        self.store.backup(self.options.file)
+        return {"path": os.path.abspath(self.options.file)}, ""
+
+    def check_(self) -> tuple[Any, str]:
+        """verify the store, and say what is in it"""
+        def work(sql: sqlite3.Connection) -> dict[str, Any]:
+            def ask(query: str) -> Any:
+                return sql.execute(query).fetchone()[0]
+
+            if (found := ask("PRAGMA quick_check")) != "ok":
+                raise sqlite3.DatabaseError(found)
+            page = ask("PRAGMA page_size")
+            return {"path": self.path, "size": page * ask("PRAGMA page_count"), "free": page * ask("PRAGMA freelist_count"),
+                    "schema": ask("PRAGMA user_version"), "sqlite": sqlite3.sqlite_version,
+                    **{table: ask(f"SELECT count(*) FROM {table}") for table in _TABLES}}
+
+        if not os.path.lexists(self.path):
+            raise StoreError(f"{self.path}: there is no store here yet: `flowstore set` makes one", self.path)
+        found = self.store._read(work)
+        return found, "".join(f"{name:15} {value}\n" for name, value in found.items()) + "no damage found\n"
+
+    def path_(self) -> tuple[Any, str]:
+        """print where the store is"""
+        return {"path": self.path}, self.path + "\n"
+
+
+def _call(command: list[str], env: dict[str, str] | None) -> tuple[int, str]:
+    """Run a command to its end, passing signals on; its exit status as a shell gives it, and what went wrong."""
+    import signal
+    import subprocess
+
+    child: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []  # before there is a child
+
+    def forward(number: int, _: object) -> None:
+        if number not in (signal.SIGINT, getattr(signal, "SIGQUIT", 0)) or not _in_foreground():
+            for process in child:  # in the foreground the terminal has sent it to the child too
+                process.send_signal(number)
+            early.extend([] if child else [number])
+
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    handlers = {number: signal.signal(number, forward) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        child.append(subprocess.Popen(command, env=env))
+        for number in early:
+            child[0].send_signal(number)
+        status = child[0].wait()
+    except OSError as error:
+        return 127 if isinstance(error, FileNotFoundError) else 126, f"{command[0]}: {error.strerror}"
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return (128 - status, f"killed by signal {-status}") if status < 0 else (status, f"exit status {status}" * bool(status))
+
+
+def _in_foreground() -> bool:
+    try:
+        with open("/dev/tty", "rb") as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except (OSError, AttributeError):
+        return False
+
+
+def _complain(text: str) -> None:
+    if sys.stderr is not None:
+        print(f"flowstore: {_escaped(text)}", file=sys.stderr)
+
+
+def _on_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def _escaped(text: str) -> str:
+    """Text that can't move the cursor or break a line."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def _table(header: list[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows for a reader: with a header and aligned on a terminal; else plain and separated by tabs, for a program."""
+    rows = [[_escaped(cell) for cell in row] for row in rows]
+    if not _on_terminal():
+        return "".join("\t".join(row) + "\n" for row in rows)
+    rows = [[cell if len(cell) <= 60 else cell[:59] + "…" for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "".join("  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in rows)
+
+
+def _history_text(records: Sequence[ExecutionRecord]) -> str:
+    rows: list[list[str]] = []
+    spans: dict[str, list[float]] = {}
+    for record in records:
+        status = record.status or (RunStatus.FAILED if record.exit_code else RunStatus.COMPLETED)
+        seconds = record.duration.total_seconds()
+        took = f"{seconds:.6f}"
+        if _on_terminal():
+            took = f"{seconds:.1f}s" if abs(seconds) < 60 else str(timedelta(seconds=round(seconds)))
+        rows.append([status, _shown_time(record.started_at), record.ref, took, str(record.exit_code), record.id,
+                     record.error or record.label or record.command])
+        if status != RunStatus.RUNNING:
+            spans.setdefault(_escaped(record.ref), []).insert(0, seconds)
+    if not _on_terminal():
+        return _table([], rows)
+    marks = {status: mark if not os.environ.get("NO_COLOR") else mark[5] for status, mark in _MARKS.items()}
+    lines = _table(["STARTED", "REF", "TOOK", "EXIT", "NOTE"], [row[1:5] + row[6:] for row in rows]).splitlines()
+    text = "".join(f"{mark} {line}\n" for mark, line in zip([" ", *(marks.get(row[0], "·") for row in rows)], lines, strict=True))
+    charts = [f"{ref}  {_sparkline(values)}\n" for ref, values in spans.items() if len(values) > 1]
+    return text + "\n" * bool(charts) + "".join(charts)
+
+
+def _sparkline(values: list[float]) -> str:
+    top = max(*values, 1e-6)
+    return "".join("▁▂▃▄▅▆▇█"[max(0, min(7, int(value / top * 8)))] for value in values)
+
+
+def _shown_time(moment: datetime) -> str:
+    """A time in the user's zone on a terminal, else in RFC 3339."""
+    if not _on_terminal():
+        return _instant("time", moment)[:26] + "Z"
+    try:
+        moment = moment.astimezone()
+    except (OverflowError, OSError, ValueError):  # near the ends of time
+        pass
+    return moment.isoformat(" ", "seconds")[:19]
+
+
+def _before(text: str) -> datetime:
+    """The time of --before: an age such as 30d, or a date."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+    if text[-1:] in units and text[:-1].isdecimal():
+        return datetime.now(timezone.utc) - timedelta(seconds=int(text[:-1]) * units[text[-1]])
+    return datetime.fromisoformat(text).astimezone(timezone.utc)
+
+
+_GLOBAL = "--global", {"dest": "bucket", "action": "store_const", "const": ROOT_BUCKET, "help": "the root scope alone"}
+_ARGUMENTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "set": [("key", {}), ("value", {"nargs": "?"}), _GLOBAL],
+    "get": [("key", {}), _GLOBAL],
+    "list": [_GLOBAL],
+    "remove": [("key", {}), _GLOBAL],
+    "clear": [("--all", {"action": "store_true", "help": "destroy the store"}), _GLOBAL],
+    "history": [("ref", {"nargs": "?"}),
+                ("-n", {"dest": "count", "type": int, "default": 20, "metavar": "N", "help": "how many; 0: all"})],
+    "background": [("id", {"nargs": "?"})],
+    "run": [("ref", {})],
+    "import": [("file", {})],
+    "migrate": [],
+    "prune": [("--keep", {"type": int, "metavar": "N", "help": "how many of each ref stay"}),
+              ("--before", {"type": _before, "metavar": "AGE", "help": "delete older ones: 30d, 12h, or a date"})],
+    "backup": [("file", {})],
+    "check": [],
+    "path": [],
+}
+
+
+def _parse(argv: list[str]) -> Any:
+    import argparse  # a third of a start
+
+    words = iter(argv)  # --store takes the word behind it
+    wanted = next((word for word in words if word[:1] != "-" or (word == "--store" and not next(words, ""))), None)
+    rest: list[str] = []
+    if wanted == "run" and "--" in argv:
+        rest, argv = argv[argv.index("--") + 1 :], argv[: argv.index("--")]
+
+    def add_parser(add: Callable[..., Any], name: str, help: Any, default: Any) -> Any:
+        parser = add(name, description=help, allow_abbrev=False,
+                     formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100))  # else shutil is asked
+        parser.add_argument("--store", metavar="PATH", default=default, help="the store's file")
+        parser.add_argument("--json", action="store_true", default=default, help="print one JSON document")
+        return parser
+
+    parser = add_parser(argparse.ArgumentParser, "flowstore", "The local state store of a task runner.", None)
+    parser.add_argument("--version", action="version", version=f"flowstore {__version__}")
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
+    for name in [wanted] if wanted in _ARGUMENTS else _ARGUMENTS:  # all only where all are to be named
+        help = getattr(_Commands, f"{name}_").__doc__
+        command = add_parser(partial(commands.add_parser, help=help), str(name), help, argparse.SUPPRESS)
+        for flag, settings in _ARGUMENTS[str(name)]:
+            command.add_argument(flag, **({} if flag[0] == "-" else {"metavar": flag.upper()}), **settings)
+        if name == "run":
+            command.usage = "flowstore run [-h] [--store PATH] REF -- COMMAND ..."
+    options = parser.parse_args(argv)
+    options.words = rest
+    if options.name == "run" and not rest:
+        parser.error("run takes a command behind --")
+    if getattr(options, "bucket", "") is None:
+        options.bucket = environment_bucket()
+    for name in ("key", "value", "ref", "id"):  # as UTF-8, in whatever encoding the terminal is
+        if getattr(options, name, None) is not None:
+            setattr(options, name, _str(os.fsencode(getattr(options, name))))
+    return options
+
+
+def _command_line(argv: list[str]) -> int:
+    options = _parse(argv)
+    commands = _Commands(options)
+    original = os.path.join(os.path.dirname(commands.path), "store.db")
+    if not (options.store or os.environ.get("FLOWSTORE_PATH") or os.path.lexists(commands.path)) and os.path.exists(original):
+        _complain(f"the original's store is here too, bring it over with `flowstore import {original}`")
+    document, text = getattr(commands, f"{options.name}_")()
+    if options.json and options.name != "run":
+        import json
+
+        text = json.dumps(document) + "\n"
+    if sys.stdout is not None:
+        sys.stdout.buffer.write(_utf8(text))
+        sys.stdout.buffer.flush()
+    return commands.status or 0
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """The command line. Ends by SystemExit: 0 done, 1 not found or failed, 2 wrong usage; run: the command's own."""
+    try:
+        status = _command_line([*(sys.argv[1:] if argv is None else argv)])
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # the reader has seen enough; what is left goes nowhere, also at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except (StoreError, OSError, ValueError) as error:
+        _complain(str(error))
+        status = 2 if isinstance(error, ValueError) else 1
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
