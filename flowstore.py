@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     Path: TypeAlias = str | os.PathLike[str]
     Cell: TypeAlias = str | bytes  # a text as SQLite takes it, see _text()
     Row: TypeAlias = Sequence[Any]
-    Work: TypeAlias = Callable[[sqlite3.Connection], T]
+    SQL: TypeAlias = sqlite3.Connection
+    Work: TypeAlias = Callable[[SQL], T]
     Problem: TypeAlias = Callable[[tuple[bytes, ...], bytes, str], None]
 else:
     class _NamedTupleType(type):
@@ -56,7 +57,7 @@ else:
             return type(name, (namedtuple(name, fields, defaults=defaults),), {**namespace, "__slots__": ()})
 
     class NamedTuple(metaclass=_NamedTupleType):
-        """What is needed of typing.NamedTuple; importing typing would be a sixth of the command line's start."""
+        """What is needed of typing.NamedTuple; to import typing costs a sixth of the command line's start."""
 
 __version__ = "1.0.0"
 
@@ -81,7 +82,7 @@ class RunStatus:
 
 
 class BackgroundRunStatus(RunStatus):
-    """The usual values of BackgroundRun.status; any other string is stored and returned as it is."""
+    """The usual values of BackgroundRun.status, likewise."""
 
 
 class StoreError(Exception):
@@ -100,7 +101,7 @@ class NotFoundError(StoreError, LookupError):
 
 
 class StoreBusyError(StoreError, TimeoutError):
-    """Another process kept the lock for longer than the timeout. Through TimeoutError it is an OSError too."""
+    """Another process kept the lock for longer than the timeout. (Through TimeoutError an OSError too.)"""
 
 
 class CorruptStoreError(StoreError):
@@ -134,13 +135,13 @@ class ExecutionRecord(NamedTuple):
     working_dir: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The original's JSON object: ref, startedAt, duration (nanoseconds), exitCode, and what isn't empty."""
+        """The original's JSON object: ref, startedAt, duration (in ns), exitCode, and what isn't empty."""
         return _to_dict(self, ("ref", "started_at", "duration", "exit_code"))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ExecutionRecord:
-        """The record of such an object; other tags are ignored, None is empty. ValueError where ref or startedAt
-        is missing or a value out of range, TypeError for one of another type."""
+        """The record of such an object; other tags are ignored, None is empty. ValueError where ref or startedAt is
+        missing or a value out of range, TypeError for one of another type."""
         return _load(cls, *_row_of_dict(cls, data))
 
 
@@ -353,8 +354,8 @@ _load_background = partial(_load, BackgroundRun)
 
 
 def default_path() -> str:
-    """$FLOWSTORE_PATH, else flowstore.db in $FLOW_CACHE_DIR, else in the folder flow of the user's cache folder:
-    $XDG_CACHE_HOME or ~/.cache, on macOS ~/Library/Caches, on Windows %LocalAppData%. Absolute; nothing is made."""
+    """$FLOWSTORE_PATH, else flowstore.db in $FLOW_CACHE_DIR, else in the folder flow of the user's cache folder
+    ($XDG_CACHE_HOME or ~/.cache, ~/Library/Caches, %LocalAppData%). Absolute; nothing is made."""
     if path := os.environ.get("FLOWSTORE_PATH"):
         return os.path.abspath(path)
     if folder := os.environ.get("FLOW_CACHE_DIR"):
@@ -392,7 +393,7 @@ class DataStore(abc.ABC):
 
     @abc.abstractmethod
     def set_cache_entry(self, key: str, value: bytes) -> None:
-        """Store a bytes-like value under a key, in place of an earlier one. It never expires by itself."""
+        """Store a bytes-like value in place of an earlier one. It never expires by itself."""
 
     @abc.abstractmethod
     def get_cache_entry(self, key: str) -> bytes | None:
@@ -400,7 +401,7 @@ class DataStore(abc.ABC):
 
     @abc.abstractmethod
     def get_cache_entries(self, keys: Iterable[str]) -> dict[str, bytes]:
-        """The values of any number of keys, as they are at one moment; missing ones are left out."""
+        """The values of any number of keys at one moment; missing ones are left out."""
 
     @abc.abstractmethod
     def delete_cache_entry(self, key: str) -> None:
@@ -408,16 +409,16 @@ class DataStore(abc.ABC):
 
     @abc.abstractmethod
     def record_execution(self, record: ExecutionRecord) -> None:
-        """Add a record to its ref's history; one with an id replaces that of the same ref and id, in its place."""
+        """Add a record; one with an id replaces that of the same ref and id, and keeps its place."""
 
     @abc.abstractmethod
     def get_execution_history(self, ref: str, limit: int = 0) -> list[ExecutionRecord]:
-        """The newest `limit` records of a ref by started_at, the oldest of them first; limit <= 0: all. Those of one
-        instant keep the order of insertion. The cost grows with what is returned, not with the history."""
+        """The newest `limit` records by started_at, the oldest of them first; limit <= 0: all. Equal instants keep
+        the order of insertion. The cost grows with what is returned, not with the history."""
 
     @abc.abstractmethod
     def get_execution_histories(self, refs: Iterable[str], limit: int = 0) -> dict[str, list[ExecutionRecord]]:
-        """What get_execution_history() returns for each of these refs that has records, at one moment."""
+        """The same for each of these refs that has records, at one moment."""
 
     @abc.abstractmethod
     def get_all_execution_history(self, limit_per_ref: int = 0) -> dict[str, list[ExecutionRecord]]:
@@ -425,7 +426,7 @@ class DataStore(abc.ABC):
 
     @abc.abstractmethod
     def list_execution_refs(self) -> list[str]:
-        """The refs that have records, in order. The cost grows with their number, not with the records'."""
+        """The refs that have records, in order; at a cost that grows with their number alone."""
 
     @abc.abstractmethod
     def delete_execution_history(self, ref: str) -> None:
@@ -441,7 +442,7 @@ class DataStore(abc.ABC):
 
     @abc.abstractmethod
     def get_background_runs(self, ids: Iterable[str]) -> dict[str, BackgroundRun]:
-        """The runs with these ids, as they are at one moment; missing ones are left out."""
+        """The runs with these ids at one moment; missing ones are left out."""
 
     @abc.abstractmethod
     def list_background_runs(self) -> list[BackgroundRun]:
@@ -461,11 +462,11 @@ class DataStore(abc.ABC):
 
     @abc.abstractmethod
     def set_process_var(self, bucket: str, key: str, value: str) -> None:
-        """Set a variable in a scope, made where it is missing. The value is a str as a name is, or ""."""
+        """Set a variable to a str (as a name, or empty) in a scope, made where it is missing."""
 
     @abc.abstractmethod
     def get_process_var(self, bucket: str, key: str) -> str:
-        """The variable's value in the scope, else in the scope root, else NotFoundError. "" counts as found."""
+        """The variable's value in the scope, else in root, else NotFoundError. "" counts as found."""
 
     @abc.abstractmethod
     def get_all_process_vars(self, bucket: str) -> dict[str, str]:
@@ -481,11 +482,11 @@ class DataStore(abc.ABC):
 
     @abc.abstractmethod
     def transaction(self) -> AbstractContextManager[DataStore]:
-        """A context manager that yields a store whose operations take effect all together, or, on any exception, not.
-        RuntimeError where it is nested, or used after its end, from another thread or after a fork."""
+        """A context manager that yields a store whose operations take effect all together or, on any exception,
+        not. RuntimeError where it is nested, or used after its end, from another thread or after a fork."""
 
-    def close(self) -> None:  # noqa: B027 - a store without anything to close need not say so
-        """Close the store; here nothing is held, and it stays usable."""
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Here it holds nothing to close, and the store stays usable."""
 
 
 # ---- the schema --------------------------------------------------------------------------------------------
@@ -493,10 +494,10 @@ class DataStore(abc.ABC):
 _APPLICATION_ID = 0x464C5753  # "FLWS"
 _VERSION = 1  # the oldest schema that can read the file; additive changes don't raise it
 
-# Each object as sqlite_master has it, less "CREATE ". Small tables go without rowid, a tree less each; not `cache`,
-# whose values may be large, nor `history`, whose rowid is the order of insertion. history.identity, a checksum of ref
-# and id, finds a record's predecessor: an index over the names would be a sixth of the file. (An imported record
-# without id has a digest there.) history.process says where the process lives: _process_note().
+# Each object as sqlite_master has it, less "CREATE ". Small tables have no rowid: a tree less. `cache` may have large
+# values, and the rowid of `history` is the order of insertion. history.identity, a checksum of ref and id, finds a
+# record's predecessor (an index over both would be a sixth of the file), or is the digest of an imported record
+# without id; history.process is a _process_note().
 _SCHEMA = {
     "cache": "TABLE cache (key TEXT PRIMARY KEY NOT NULL, value BLOB NOT NULL)",
     "history": """TABLE history (
@@ -517,8 +518,8 @@ _SCHEMA = {
 }
 _TABLES = [name for name, definition in _SCHEMA.items() if definition.startswith("TABLE")]
 
-# None touches the disk. FULL is the default of most builds, not of all; no automatic checkpoints, see checkpoint();
-# the limit cuts a grown WAL when it starts anew; the last two are for files from elsewhere.
+# FULL is not the default of all builds; for checkpoints see checkpoint(); the limit cuts a
+# grown WAL when it starts anew; the last two are for files from elsewhere.
 _SETTINGS = """
     PRAGMA synchronous = FULL; PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON;
     PRAGMA wal_autocheckpoint = 0; PRAGMA journal_size_limit = 0; PRAGMA secure_delete = ON;
@@ -567,19 +568,18 @@ _RUNNING = """
     SELECT 'history', ref, id, pid, started_at, process FROM history WHERE status = 'running'
     UNION ALL SELECT 'background', ref, id, pid, started_at, '' FROM background WHERE status = 'running'"""
 _PRUNE_STEP = 500  # rows, or pages: a few milliseconds
-_PRUNE = {table: [f"""
+_PRUNE = {table: [refs, *(f"""
     DELETE FROM {table} WHERE {key} IN (
         SELECT {key} FROM {table} WHERE ref = ?1 AND status <> 'running' {which} LIMIT {_PRUNE_STEP} OFFSET {first})"""
-    for which, first in ((f"ORDER BY started_at DESC, {key} DESC", "?2"), ("AND started_at < ?2", "0"))]
-    for table, key in (("history", "rowid"), ("background", "id"))}
+    for which, first in ((f"ORDER BY started_at DESC, {key} DESC", "?2"), ("AND started_at < ?2", "0")))]
+    for table, key, refs in (
+        ("history", "rowid", _REFS), ("background", "id", "SELECT DISTINCT ref FROM background"))}
 
 
 def _is_complete(objects: Iterable[Row]) -> bool:
-    """Whether these rows of sqlite_master (type, name, tbl_name, sql) hold the whole schema.
-
-    DatabaseError for what stands in an object's place and isn't it (a view, another layout), and for what would run by
-    itself when our tables are used (a trigger, an expression). Added columns, indexes and tables are welcome.
-    """
+    """Whether these rows of sqlite_master (type, name, tbl_name, sql) hold the whole schema. DatabaseError for what
+    isn't what its name says, or would run by itself when our tables are used: a view, another layout, a trigger, an
+    expression. Added columns, indexes and tables are welcome."""
     missing = set(_SCHEMA)
     for kind, name, table, text in objects:
         if own := _SCHEMA.get(name.lower()):
@@ -604,15 +604,15 @@ _FORK_PATIENCE = 10.0  # seconds that a fork waits for the operations of other t
 
 
 class _Process:
-    """What this process has open. SQLite's locks don't outlive a fork, and no thread may be inside SQLite in one:
-    so a fork waits for operations in flight, and what a session or transaction has open is lost to the child."""
+    """What this process has open. A fork waits for operations in flight, since no thread may be inside SQLite then.
+    Files that a session or transaction has open are lost to the child: it hasn't the locks that SQLite believes in."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.operations = self.forks = 0
         self.forking = False
-        self.connections: dict[sqlite3.Connection, str] = {}  # with their files
+        self.connections: dict[SQL, str] = {}  # with their files
         self.transactions: set[tuple[int, str]] = set()  # thread and file of each transaction()
         self.lost: set[str] = set()  # files that were open when this process was forked
         if hasattr(os, "register_at_fork"):
@@ -736,24 +736,23 @@ def _make_file(file: str) -> None:
         os.chmod(file, 0o600)
 
 
-def _connect(file: str, options: str = "mode=rw") -> sqlite3.Connection:
+def _connect(file: str, options: str = "mode=rw") -> SQL:
     path = os.fsencode(file.replace(os.sep, "/"))
     uri = "".join(chr(byte) if bytes((byte,)).isalnum() or byte == 47 else f"%{byte:02X}" for byte in path)
     with _process.lock:
         sql = sqlite3.connect(f"file:{'' if uri[0] == '/' else '/'}{uri}?{options}", uri=True, timeout=0,
                               isolation_level=None, check_same_thread=False)
     _process.connections[sql] = file
-    sql.executescript(_SETTINGS)
     return sql
 
 
-def _disconnect(sql: sqlite3.Connection) -> None:
+def _disconnect(sql: SQL) -> None:
     """Close a connection, rolling back what is open; a file's last one clears the WAL away, within SQLite."""
     _process.connections.pop(sql, None)
     sql.close()
 
 
-def _create(sql: sqlite3.Connection) -> None:
+def _create(sql: SQL) -> None:
     for definition in _SCHEMA.values():
         sql.execute("CREATE " + definition.replace(" ", " IF NOT EXISTS ", 1))
 
@@ -769,13 +768,13 @@ def _read_blank(work: Work[T]) -> T:
 
 
 class _Connection:
-    """A connection to a store's file. Here, and only here, a lock is awaited, a transaction begun and ended, and a
-    file recognised and made."""
+    """A connection to a store's file: only here locks are awaited, transactions begun and ended, files recognised."""
 
     def __init__(self, store: SQLiteDataStore) -> None:
         self.store = store
         self.file = store._file
-        self.sql: sqlite3.Connection
+        self.sql: SQL
+        self.fresh = True  # since _SETTINGS read the file, they are made where one waits for it
         self.seen: object = None  # the state of a file that can only be looked at, when it was opened
         self.waiting_since = self.pause = 0.0
 
@@ -793,6 +792,7 @@ class _Connection:
         while True:
             try:
                 self.sql = _connect(self.file)
+                self.fresh = True
                 return True
             except sqlite3.OperationalError:
                 if os.path.lexists(self.file):
@@ -812,8 +812,8 @@ class _Connection:
     def wait(self) -> None:
         """Sleep a moment, since somebody else has the lock; StoreBusyError when that has lasted for the timeout.
 
-        SQLite's own handler sleeps up to 0.1 s at a time: of 64 writers the unluckiest waits for more than a second.
-        Here pauses grow from 0.5 to 32 ms, but the longer one has waited, the oftener one tries.
+        SQLite's handler sleeps up to 0.1 s at a time: of 64 writers the unluckiest waits for over a second. Here
+        pauses grow from 0.5 to 32 ms, but the longer one has waited, the oftener one tries.
         """
         now = time.monotonic()
         if not self.waiting_since:
@@ -832,6 +832,9 @@ class _Connection:
             raise RuntimeError(f"{self.file}: this thread is in a transaction() on it, and would wait for itself")
         while True:
             try:
+                if self.fresh:
+                    self.sql.executescript(_SETTINGS)
+                    self.fresh = False
                 self.sql.execute("BEGIN IMMEDIATE" if write else "BEGIN")
                 return self.identify()
             except sqlite3.OperationalError as error:
@@ -843,7 +846,7 @@ class _Connection:
                     if not seen[-1]:
                         self.close()
                         self.sql = _connect(self.file, "mode=ro&immutable=1")
-                        self.seen = seen
+                        self.fresh, self.seen = True, seen
                         continue
                 elif code not in _BUSY:
                     raise
@@ -880,15 +883,14 @@ class _Connection:
     def checkpoint(self) -> None:
         """Copy the WAL into the file, so that the next writer starts it anew.
 
-        Not by SQLite's automatic checkpoints: until 3.51.2 two of them, and between them a commit that starts the
-        WAL anew, can lose pages. Nobody can start it while this connection holds the write lock; and a passive
-        checkpoint, on another one, waits for no reader.
+        Until SQLite 3.51.2 a commit that does so between two checkpoints can lose pages. Nobody can while this
+        connection holds the write lock; and a passive checkpoint, on another one, waits for no reader.
         """
         self.sql.execute("BEGIN IMMEDIATE")
         try:
             other = _connect(self.file)
             try:
-                other.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+                other.executescript(f"{_SETTINGS} PRAGMA wal_checkpoint(PASSIVE)")
             finally:
                 _disconnect(other)
         finally:
@@ -947,10 +949,10 @@ class _Connection:
             self.initialise()
 
     def initialise(self) -> None:
-        """Make a store of a blank file, or add what an older one lacks; to be tried again until it is complete.
+        """Make a store of a blank file, or add what an older one lacks; to be tried until it is complete.
 
-        Many processes may do so at once. Who empties a file to unlink it (destroy_store) takes it out of WAL mode
-        first, where SQLite refuses to write to a file that has lost its name: what is at the path counts then.
+        Many may do so at once. Who unlinks a file (destroy_store) takes it out of WAL mode first, where SQLite
+        refuses to write to one that has lost its name: what is at the path counts then.
         """
         if not os.path.getsize(self.file):
             os.chmod(self.file, 0o600)
@@ -999,9 +1001,9 @@ class _Operations(DataStore):
 
     def _fetch_each(self, statement: str, names: dict[str, Cell] | None, load: Callable[..., T],
                     *values: object) -> dict[str, list[T]]:
-        """What load makes of the rows of each name (None: each ref) that has any. One statement for all would meet
-        SQLite's limit of variables."""
-        def work(sql: sqlite3.Connection) -> dict[str, list[T]]:
+        """What load makes of the rows of each name (None: each ref) that has any. (One statement for all would meet
+        SQLite's limit of variables.)"""
+        def work(sql: SQL) -> dict[str, list[T]]:
             each = names
             if each is None:
                 each = _names("ref", _ordered(_str(cell) for (cell,) in sql.execute(_REFS)))
@@ -1029,8 +1031,7 @@ class _Operations(DataStore):
         return values[0] if values else None
 
     def get_cache_entries(self, keys: Iterable[str]) -> dict[str, bytes]:
-        found = self._fetch_each(_GET_CACHE, _names("key", keys), _blob)
-        return {key: values[0] for key, values in found.items()}
+        return {key: values[0] for key, values in self._fetch_each(_GET_CACHE, _names("key", keys), _blob).items()}
 
     def delete_cache_entry(self, key: str) -> None:
         self._execute((_DELETE_CACHE, (_name("key", key),)))
@@ -1138,9 +1139,8 @@ def _history_row(record: ExecutionRecord, process: str = "") -> list[Any]:
 class SQLiteDataStore(_Operations):
     """A store in an SQLite file, which any number of processes and threads may use at the same time.
 
-    `path` is the file, made where it is missing, with its folder; None or "" is default_path(). StoreError where it
-    can't serve. Each operation opens the file and closes it, and waits up to `timeout` seconds for other processes
-    before it is a StoreBusyError. `.path` is the file's absolute name.
+    `path` is the file, made where it is missing, with its folder; None or "" is default_path(). Each operation opens
+    and closes it, and waits up to `timeout` seconds for other processes. `.path` is its absolute name.
     """
 
     def __init__(self, path: Path | None = None, *, timeout: float = 3.0) -> None:
@@ -1175,35 +1175,22 @@ class SQLiteDataStore(_Operations):
             return connection.write(work)
 
     def session(self) -> AbstractContextManager[_Session]:
-        """A context manager that yields a store whose operations share one connection, each in its own transaction:
-        for loops. RuntimeError where it is used after its end, from another thread or after a fork."""
+        """A context manager that yields a store whose operations share a connection, each in its own transaction: for
+        loops. RuntimeError where it is used after its end, from another thread or after a fork."""
         return _Session(self, False)
 
     def transaction(self) -> AbstractContextManager[_Session]:
         return _Session(self, True)
 
     def execution(self, ref: str, *, id: str | None = None, **fields: str) -> Execution:
-        """A context manager that records a run of ref, in a scope of its own, from its start to its end.
-
-        On entry: a record with status running, and a scope named by its id (by default a UUID; at most 255 bytes,
-        none of them NUL, `:`, `/` or space). Other fields are label, command, spec, log_archive_id, working_dir, and
-        source, client_name and session_id, which default to the environment's (RUN_SOURCE_ENV …). On exit: the
-        record is completed, or failed where exit_code or error is set or an exception goes through, and the scope is
-        gone. Each in one transaction.
-        """
-        if id is None:
-            import uuid
-
-            id = str(uuid.uuid4())
-        if _name("id", id) == ROOT_BUCKET or len(_utf8(id)) > 255 or not set("\0:/ ").isdisjoint(id):
-            raise ValueError("id names a scope: at most 255 bytes, none of NUL, colon, slash and space, and not root")
-        return Execution(self, ExecutionRecord(ref, datetime.now(timezone.utc), id=id, **{
-            "source": run_env_value(RUN_SOURCE_ENV) or RUN_SOURCE_CLI, "client_name": run_env_value(RUN_CLIENT_ENV),
-            "session_id": run_env_value(RUN_SESSION_ENV), "working_dir": _working_dir(), **fields}))  # type: ignore
+        """A context manager that records a run of ref, see Execution. Its id, by default a UUID, names a scope: at most
+        255 bytes, no NUL, `:`, `/` or space. Other fields: label, command, spec, log_archive_id, working_dir; source,
+        client_name and session_id, by default of the environment (RUN_SOURCE_ENV …)."""
+        return Execution(self, ref, id, fields)
 
     def reconcile(self) -> int:
-        """Mark running records and background runs as failed whose process is gone, and delete their scopes; returns
-        how many. What can't be told is left alone: another machine's or pid namespace's, or one without a pid."""
+        """Mark running records and background runs as failed whose process is gone, and delete their scopes;
+        returns how many. Left alone: another machine's, another pid namespace's, those without a pid."""
         gone = self._gone()
         return self._write(lambda sql: _mark_gone(sql, gone)) if gone else 0
 
@@ -1213,20 +1200,17 @@ class SQLiteDataStore(_Operations):
         return [row[:5] for row, started_at, note in running if _is_gone(row[3], started_at, note)]
 
     def prune(self, keep: int | None = None, before: datetime | None = None) -> PruneSummary:
-        """Delete, per ref, all but the newest `keep` records, and those that started before `before`; of finished
-        background runs the same. Running ones stay and don't count. In small steps: no writer waits for long."""
+        """Delete, per ref, all but the newest `keep` records, and those that started before `before`; of background
+        runs the same. Running ones stay and don't count. In small steps: no writer waits for long."""
         if keep is not None and _integer("keep", keep) < 0:
             raise ValueError("keep must be 0 or more")
         limits = keep, None if before is None else _instant("before", before)
-        deleted = {"history": 0, "background": 0}
+        deleted = dict.fromkeys(_PRUNE, 0)
         with self.session() as session:
-            for table, statements in _PRUNE.items():
-                refs = _REFS if table == "history" else "SELECT DISTINCT ref FROM background"
+            for table, (refs, *statements) in _PRUNE.items():
                 for ref in session._fetch(refs, (), lambda cell: cell):
                     for statement, limit in zip(statements, limits, strict=True):
-                        step = 0 if limit is None else _PRUNE_STEP
-                        while step == _PRUNE_STEP:
-                            step = session._execute((statement, (ref, limit)))
+                        while limit is not None and (step := session._execute((statement, (ref, limit)))):
                             deleted[table] += step
             free = [0]
             while free != (free := session._fetch("PRAGMA freelist_count", (), int)) and free[0]:
@@ -1235,8 +1219,8 @@ class SQLiteDataStore(_Operations):
         return PruneSummary(**deleted)
 
     def backup(self, target: Path) -> None:
-        """Copy the store as it is at one moment to a new file with mode 0600, while others go on writing. StoreError
-        where something is at target already; what has been copied is removed where it fails."""
+        """Copy the store, as it is at one moment, to a new file with mode 0600 while others go on writing. StoreError
+        where something is at target already; a copy that fails is removed."""
         target = os.path.abspath(os.fsdecode(target))
         with self._operation, _Connection(self) as connection:
             if not connection.open(make=False):
@@ -1244,13 +1228,14 @@ class SQLiteDataStore(_Operations):
             connection.read(lambda sql: _copy(sql, target))
 
 
-def _copy(sql: sqlite3.Connection, target: str) -> None:
+def _copy(sql: SQL, target: str) -> None:
     try:
         _make_file(target)
     except OSError as error:  # FileExistsError among them
         raise StoreError(f"{target}: {error.strerror}: name a new file for the backup", target) from error
     copy = _connect(target)
     try:
+        copy.executescript(_SETTINGS)
         sql.backup(copy)
     except BaseException as error:
         _disconnect(copy)
@@ -1298,7 +1283,8 @@ class _Session(_Operations):
                 else:
                     self._connection.prepare()
             except BaseException:
-                self._end()
+                if not self._borrowed:
+                    self._connection.close()
                 raise
         self._owner = owner
         return self
@@ -1372,11 +1358,9 @@ class _ExistingStore(SQLiteDataStore):
 
 
 def destroy_store(path: Path | None = None) -> None:
-    """Remove a store's file with all that is in it; a missing one is no error, and what isn't a store is refused.
-
-    What others write once it has been emptied lives on in a new store. StoreBusyError where one of them keeps the file
-    open for longer than the timeout (3 seconds): the empty file is left.
-    """
+    """Remove a store's file with all that is in it; a missing one is no error, what isn't a store is refused. What
+    others write once it has been emptied lives on in a new store. StoreBusyError where one of them keeps it open for
+    longer than the timeout (3 seconds): the empty file is left."""
     store = _ExistingStore(path)
     with store._operation, _Connection(store) as connection:
         if not connection.open(make=False):
@@ -1401,8 +1385,8 @@ def destroy_store(path: Path | None = None) -> None:
 def _unlink(connection: _Connection) -> bool:
     """Unlink an emptied file; False where it is to be tried again, with the file that is at the path then.
 
-    Alone with the file, and out of WAL mode: in it, who has the file open could write to it after it has lost its
-    name, and a new file would meet its -wal. The one write is refused by SQLite where that has happened already.
+    Alone with it and out of WAL mode, in which others could go on writing to it when it has lost its name, and a new
+    file would meet its -wal. The one write is refused by SQLite where it has lost its name already.
     """
     sql = connection.sql
     try:
@@ -1436,9 +1420,9 @@ def _unlink(connection: _Connection) -> bool:
 def migrate_process_buckets(path: Path | None = None) -> list[str]:
     """Move legacy tables under the process scope, in one transaction; returns the names of the buckets, in order.
 
-    Each table with exactly the columns `key` and `value` that isn't the store's own is a bucket: its rows are added to
-    the scope of its name, where a variable that is there already wins, and the table goes. NULL becomes "", a BLOB its
-    text, a number its decimal text; of equal keys the last row counts. A missing file is no error.
+    Each table with just the columns `key` and `value` that isn't the store's own is a bucket: its rows are added to
+    the scope of its name, where a variable that is there wins, and it goes. NULL becomes "", a BLOB its text, a
+    number its decimal text; of equal keys the last row counts. A missing file is no error.
     """
     if not os.path.lexists(_ExistingStore(path)._file):
         return []
@@ -1446,14 +1430,14 @@ def migrate_process_buckets(path: Path | None = None) -> list[str]:
     return store._write(_move_legacy_tables) if store._read(_legacy_tables) else []
 
 
-def _plain_tables(sql: sqlite3.Connection) -> list[str]:
-    """The tables that are neither virtual nor SQLite's own nor of a name that is no UTF-8, which sqlite3 can't use."""
+def _plain_tables(sql: SQL) -> list[str]:
+    """The tables that are neither virtual nor SQLite's own, nor of a name that sqlite3 can't use (no UTF-8)."""
     sql.text_factory = _str
     rows = sql.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND sql LIKE 'CREATE TABLE %'")
     return [name for name, in rows if name.lower()[:7] != "sqlite_" and isinstance(_text("name", name), str)]
 
 
-def _legacy_tables(sql: sqlite3.Connection) -> list[str]:
+def _legacy_tables(sql: SQL) -> list[str]:
     def columns(table: str) -> list[tuple[str, int]]:
         return sorted((row[1], row[6]) for row in sql.execute(f"PRAGMA table_xinfo({_quoted(table)})"))
 
@@ -1461,7 +1445,7 @@ def _legacy_tables(sql: sqlite3.Connection) -> list[str]:
                     if name and name.lower() not in _TABLES and columns(name) == [("key", 0), ("value", 0)])
 
 
-def _move_legacy_tables(sql: sqlite3.Connection) -> list[str]:
+def _move_legacy_tables(sql: SQL) -> list[str]:
     moved = _legacy_tables(sql)
     for name in moved:
         # not by an index: the last row is that of the table's own order
@@ -1494,18 +1478,34 @@ class PruneSummary(NamedTuple):
 
 
 class Execution:
-    """What execution() yields: `id`, `ref`, `bucket` (the run's scope) and `env` (the environment to give a child,
-    which finds scope and store there). The body may set `exit_code`, `error` and `log_archive_id`."""
+    """What execution() yields: `id`, `ref`, `bucket` (its scope) and `env` (the environment for a child, which finds
+    scope and store in it). The body may set `exit_code`, `error` and `log_archive_id`.
 
-    def __init__(self, store: SQLiteDataStore, record: ExecutionRecord) -> None:
+    On entry there is a record with status running, and the scope. On exit the record is completed, or failed where
+    exit_code or error is set or an exception goes through, and the scope is gone. Each in one transaction.
+    """
+
+    def __init__(self, store: SQLiteDataStore, ref: str, id: str | None, fields: dict[str, Any]) -> None:
+        if id is None:
+            import uuid
+
+            id = str(uuid.uuid4())
+        if _name("id", id) == ROOT_BUCKET or len(_utf8(id)) > 255 or not set("\0:/ ").isdisjoint(id):
+            raise ValueError("id must have at most 255 bytes, no NUL, colon, slash or space, and not be root")
+        try:
+            working_dir = os.getcwd()
+        except OSError:  # it has been removed
+            working_dir = ""
+        self._record = ExecutionRecord(ref, datetime.now(timezone.utc), id=id, **{
+            "source": run_env_value(RUN_SOURCE_ENV) or RUN_SOURCE_CLI, "client_name": run_env_value(RUN_CLIENT_ENV),
+            "session_id": run_env_value(RUN_SESSION_ENV), "working_dir": working_dir, **fields})
         self._store = store
-        self._record = record
-        self.id = self.bucket = record.id
-        self.ref = record.ref
-        self.env = {**os.environ, BUCKET_ENV: record.id, "FLOWSTORE_PATH": store.path}
+        self.id = self.bucket = id
+        self.ref = ref
+        self.env = {**os.environ, BUCKET_ENV: id, "FLOWSTORE_PATH": store.path}
         self.exit_code = 0
         self.error = ""
-        self.log_archive_id = record.log_archive_id
+        self.log_archive_id = self._record.log_archive_id
 
     def __enter__(self) -> Self:
         self._began = time.monotonic_ns()
@@ -1532,13 +1532,6 @@ class Execution:
             if error is None:
                 raise
             error.add_note(f"and the end of the run was not recorded: {failure}")  # the body's own error goes on
-
-
-def _working_dir() -> str:
-    try:
-        return os.getcwd()
-    except OSError:  # it has been removed
-        return ""
 
 
 def _line(path: str) -> str:
@@ -1590,7 +1583,7 @@ def _is_gone(pid: int, started_at: datetime, note: str) -> bool:
     return booted + int(start) / os.sysconf("SC_CLK_TCK") > started_at.timestamp() + 2  # seconds: clocks are set
 
 
-def _mark_gone(sql: sqlite3.Connection, gone: list[tuple[Any, ...]]) -> int:
+def _mark_gone(sql: SQL, gone: list[tuple[Any, ...]]) -> int:
     now, count = _instant("now", datetime.now(timezone.utc)), 0
     for table, ref, id, pid, started_at in gone:
         changed = sql.execute(f"""
@@ -1666,7 +1659,7 @@ def _lock_shared(stream: Any, source: str) -> None:
             return
 
 
-def _add_entries(sql: sqlite3.Connection, entries: Iterable[Any], problem: Problem) -> dict[str, int]:
+def _add_entries(sql: SQL, entries: Iterable[Any], problem: Problem) -> dict[str, int]:
     counts = dict.fromkeys(ImportSummary._fields[:-1], 0)
 
     def add(kind: str, statement: str, *cells: Any) -> None:
@@ -2006,7 +1999,7 @@ class _Commands:
 
     def check_(self) -> tuple[Any, str]:
         """verify the store, and say what is in it"""
-        def work(sql: sqlite3.Connection) -> dict[str, Any]:
+        def work(sql: SQL) -> dict[str, Any]:
             def ask(query: str) -> Any:
                 return sql.execute(query).fetchone()[0]
 
