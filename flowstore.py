@@ -9,9 +9,9 @@ scoped to a running process with fallback to a root scope, for many short-lived 
         run.exit_code = subprocess.call(["make"], env=run.env)
 
 A Python implementation of the Go package `store` of *flow*, on SQLite in WAL mode instead of bbolt. An
-acknowledged write is on the disk, nobody waits longer than the timeout, and what goes wrong is a StoreError that
-names the file. From top to bottom: constants and errors; records; where things are; the interface; the schema;
-connections; the store; runs; moving old data; the command line.
+acknowledged write is on the disk, nobody waits longer than the timeout, and what goes wrong is a StoreError
+that names the file. From top to bottom: constants and errors; records; where things are; the interface; the
+schema; connections; the store; the end of a store, and moving old data; runs; the command line.
 
 Copyright (c) 2026 The flowstore authors. Licence: MIT. SPDX-License-Identifier: MIT
 """
@@ -35,18 +35,18 @@ from functools import cache, partial
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
     from typing import Any, NamedTuple, NoReturn, Self, TypeAlias, TypeVar
 
     T = TypeVar("T")
     Record = TypeVar("Record", "ExecutionRecord", "BackgroundRun")
+    Histories: TypeAlias = dict[str, list["ExecutionRecord"]]
     Path: TypeAlias = str | os.PathLike[str]
     Cell: TypeAlias = str | bytes  # a text as SQLite takes it, see _text()
     Row: TypeAlias = Sequence[Any]
     SQL: TypeAlias = sqlite3.Connection
     Work: TypeAlias = Callable[[SQL], T]
-    Problem: TypeAlias = Callable[[tuple[bytes, ...], bytes, str], None]
 else:
     class _NamedTupleType(type):
         def __new__(mcls, name, bases, namespace):
@@ -86,7 +86,8 @@ class BackgroundRunStatus(RunStatus):
 
 
 class StoreError(Exception):
-    """The base of all that a store raises for the world's faults. The message says what to do; `path` is the file."""
+    """The base of all that a store raises for the world's faults. The message says what to do; `path` is the
+    file."""
 
     def __init__(self, message: str, path: str = "") -> None:
         super().__init__(message)
@@ -112,9 +113,9 @@ class CorruptStoreError(StoreError):
 
 
 class ExecutionRecord(NamedTuple):
-    """One run of a ref. Times are aware, and returned in UTC. Checked where it is stored: ValueError for a naive
-    time, an instant outside the years 1 to 9999 in UTC, an integer outside int64 (a duration's: nanoseconds), an
-    empty ref; TypeError for a field of another type."""
+    """One run of a ref. Times are aware, and returned in UTC. Checked where it is stored: ValueError for a
+    naive time, an instant outside the years 1 to 9999 in UTC, an integer outside int64 (a duration's:
+    nanoseconds), an empty ref; TypeError for a field of another type."""
 
     ref: str
     started_at: datetime
@@ -140,8 +141,8 @@ class ExecutionRecord(NamedTuple):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ExecutionRecord:
-        """The record of such an object; other tags are ignored, None is empty. ValueError where ref or startedAt is
-        missing or a value out of range, TypeError for one of another type."""
+        """The record of such an object; other tags are ignored, None is empty. ValueError where ref or
+        startedAt is missing or a value out of range, TypeError for one of another type."""
         return _load(cls, *_row_of_dict(cls, data))
 
 
@@ -212,6 +213,11 @@ def _names(what: str, values: Iterable[str]) -> dict[str, Cell]:
     return {value: _name(what, value) for value in values}
 
 
+def _folded(name: str) -> str:
+    """A name as SQLite compares those of tables: without the case of ASCII."""
+    return _str(_utf8(name).lower())
+
+
 def _ordered(names: Iterable[str]) -> list[str]:
     """Names in the order of their bytes. (SQLite puts those that are no UTF-8 behind the others.)"""
     return sorted(names, key=_utf8)
@@ -247,7 +253,7 @@ def _instant_of_text(what: str, value: Any) -> str:
     clock, zone = (value[:-1], "+00:00") if value.endswith("Z") else (value[:-6], value[-6:])
     fraction = clock[20:] if clock[19:20] == "." else "0" * (len(clock) == 19)
     try:  # the shape first: fromisoformat() takes much that is no RFC 3339
-        if clock[4:11:3] + zone[3] != "--T:" or not (fraction.isascii() and fraction.isdigit()):
+        if clock[4:17:3] + zone[3] != "--T:::" or not (fraction.isascii() and fraction.isdigit()):
             raise ValueError
         utc = datetime.fromisoformat(clock[:19] + zone).astimezone(timezone.utc)
     except (ValueError, IndexError, OverflowError):
@@ -305,7 +311,8 @@ def _to_dict(record: ExecutionRecord | BackgroundRun, always: tuple[str, ...]) -
 
 
 class _Damaged(sqlite3.DatabaseError):
-    """A cell holds what its column can't: SQLite takes any type in any column, and files come from anywhere."""
+    """A cell holds what its column can't: SQLite takes any type in any column, and files come from
+    anywhere."""
 
 
 def _time(cell: str) -> datetime:
@@ -316,6 +323,12 @@ def _time(cell: str) -> datetime:
     if moment.tzinfo is not timezone.utc:
         raise _Damaged
     return moment
+
+
+def _number(cell: object) -> int:
+    if type(cell) is not int:
+        raise _Damaged
+    return cell
 
 
 def _blob(cell: object) -> bytes:
@@ -343,7 +356,7 @@ def _load(cls: type[Record], *row: Any) -> Record:
 
 
 _CELL_TYPES: dict[type, list[tuple[type, ...]]] = {
-    cls: [tuple(int if field in _NUMBERS else empty if field == "completed_at" else str for field in cls._fields)
+    cls: [tuple(int if name in _NUMBERS else empty if name == "completed_at" else str for name in cls._fields)
           for empty in (str, type(None))]
     for cls in (ExecutionRecord, BackgroundRun)}
 _load_execution = partial(_load, ExecutionRecord)
@@ -354,14 +367,15 @@ _load_background = partial(_load, BackgroundRun)
 
 
 def default_path() -> str:
-    """$FLOWSTORE_PATH, else flowstore.db in $FLOW_CACHE_DIR, else in the folder flow of the user's cache folder
-    ($XDG_CACHE_HOME or ~/.cache, ~/Library/Caches, %LocalAppData%). Absolute; nothing is made."""
+    """$FLOWSTORE_PATH, else flowstore.db in $FLOW_CACHE_DIR, else in the folder flow of the user's cache
+    folder ($XDG_CACHE_HOME or ~/.cache, ~/Library/Caches, %LocalAppData%). Absolute; nothing is made."""
     if path := os.environ.get("FLOWSTORE_PATH"):
         return os.path.abspath(path)
     if folder := os.environ.get("FLOW_CACHE_DIR"):
         return os.path.abspath(os.path.join(folder, "flowstore.db"))
-    folder = {"win32": os.environ.get("LOCALAPPDATA", ""), "darwin": os.path.expanduser("~/Library/Caches")}.get(
-        sys.platform, os.environ.get("XDG_CACHE_HOME", ""))
+    folder = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", "")
+    if sys.platform == "darwin":
+        folder = os.path.expanduser("~/Library/Caches")
     if not os.path.isabs(folder):  # as the XDG specification wants it
         folder = os.path.expanduser("~/.cache")
     if not os.path.isabs(folder):
@@ -370,12 +384,12 @@ def default_path() -> str:
 
 
 def environment_bucket() -> str:
-    """The current scope: $FLOW_PROCESS_BUCKET with `:`, `/` and space each replaced by `_`; unset or empty: root."""
+    """The current scope: $FLOW_PROCESS_BUCKET with each `:`, `/` and space as `_`; unset or empty: root."""
     return (os.environ.get(BUCKET_ENV) or ROOT_BUCKET).translate(dict.fromkeys(map(ord, ":/ "), "_"))
 
 
 def run_env_value(name: str) -> str:
-    """An environment variable's value; where that is exactly `${OTHER}`, the value of OTHER; "" where unset."""
+    """A variable of the environment, "" where unset; where it is exactly `${OTHER}`, the value of OTHER."""
     value = os.environ.get(name, "")
     return os.environ.get(value[2:-1], "") if value.startswith("${") and value.endswith("}") else value
 
@@ -386,9 +400,9 @@ def run_env_value(name: str) -> str:
 class DataStore(abc.ABC):
     """What every store does: the original's operations and transaction(). Each may raise StoreError.
 
-    Names (key, ref, bucket, id) are non-empty str of any length that survive UTF-8 with surrogateescape there and
-    back; others are a ValueError or TypeError before the store is touched. They are listed in the byte order of
-    their UTF-8 form. Another backend proves itself by the contract suite in test_flowstore.py.
+    Names (key, ref, bucket, id) are non-empty str of any length that survive UTF-8 with surrogateescape there
+    and back; others are a ValueError or TypeError before the store is touched. They are listed in the byte
+    order of their UTF-8 form. Another backend proves itself by the contract suite in test_flowstore.py.
     """
 
     @abc.abstractmethod
@@ -413,15 +427,15 @@ class DataStore(abc.ABC):
 
     @abc.abstractmethod
     def get_execution_history(self, ref: str, limit: int = 0) -> list[ExecutionRecord]:
-        """The newest `limit` records by started_at, the oldest of them first; limit <= 0: all. Equal instants keep
-        the order of insertion. The cost grows with what is returned, not with the history."""
+        """The newest `limit` records by started_at, the oldest of them first; limit <= 0: all. Equal instants
+        keep the order of insertion. The cost grows with what is returned, not with the history."""
 
     @abc.abstractmethod
-    def get_execution_histories(self, refs: Iterable[str], limit: int = 0) -> dict[str, list[ExecutionRecord]]:
+    def get_execution_histories(self, refs: Iterable[str], limit: int = 0) -> Histories:
         """The same for each of these refs that has records, at one moment."""
 
     @abc.abstractmethod
-    def get_all_execution_history(self, limit_per_ref: int = 0) -> dict[str, list[ExecutionRecord]]:
+    def get_all_execution_history(self, limit_per_ref: int = 0) -> Histories:
         """The same for all refs, in their order."""
 
     @abc.abstractmethod
@@ -482,8 +496,9 @@ class DataStore(abc.ABC):
 
     @abc.abstractmethod
     def transaction(self) -> AbstractContextManager[DataStore]:
-        """A context manager that yields a store whose operations take effect all together or, on any exception,
-        not. RuntimeError where it is nested, or used after its end, from another thread or after a fork."""
+        """A context manager that yields a store whose operations take effect all together or, on any
+        exception, not. RuntimeError where it is nested, or used after its end, from another thread or after a
+        fork."""
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
         """Here it holds nothing to close, and the store stays usable."""
@@ -494,24 +509,25 @@ class DataStore(abc.ABC):
 _APPLICATION_ID = 0x464C5753  # "FLWS"
 _VERSION = 1  # the oldest schema that can read the file; additive changes don't raise it
 
-# Each object as sqlite_master has it, less "CREATE ". Small tables have no rowid: a tree less. `cache` may have large
-# values, and the rowid of `history` is the order of insertion. history.identity, a checksum of ref and id, finds a
-# record's predecessor (an index over both would be a sixth of the file), or is the digest of an imported record
-# without id; history.process is a _process_note().
+# Each object as sqlite_master has it, less "CREATE ". Small tables have no rowid: a tree less. `cache` may
+# have large values, and the rowid of `history` is the order of insertion. history.identity, a checksum of ref
+# and id, finds a record's predecessor (an index over both would be a sixth of the file), or is the digest of
+# an imported record without id; history.process is a _process_note().
 _SCHEMA = {
     "cache": "TABLE cache (key TEXT PRIMARY KEY NOT NULL, value BLOB NOT NULL)",
     "history": """TABLE history (
     ref TEXT NOT NULL, started_at TEXT NOT NULL, duration INTEGER NOT NULL, exit_code INTEGER NOT NULL,
-    error TEXT NOT NULL, log_archive_id TEXT NOT NULL, id TEXT NOT NULL, completed_at TEXT, status TEXT NOT NULL,
-    pid INTEGER NOT NULL, command TEXT NOT NULL, spec TEXT NOT NULL, label TEXT NOT NULL, source TEXT NOT NULL,
-    client_name TEXT NOT NULL, session_id TEXT NOT NULL, working_dir TEXT NOT NULL,
-    identity INTEGER, process TEXT NOT NULL)""",
+    error TEXT NOT NULL, log_archive_id TEXT NOT NULL, id TEXT NOT NULL, completed_at TEXT,
+    status TEXT NOT NULL, pid INTEGER NOT NULL, command TEXT NOT NULL, spec TEXT NOT NULL,
+    label TEXT NOT NULL, source TEXT NOT NULL, client_name TEXT NOT NULL, session_id TEXT NOT NULL,
+    working_dir TEXT NOT NULL, identity INTEGER, process TEXT NOT NULL)""",
     "history_by_start": "INDEX history_by_start ON history (ref, started_at)",
     "history_by_identity": "INDEX history_by_identity ON history (identity) WHERE identity IS NOT NULL",
     "history_running": "INDEX history_running ON history (pid) WHERE status = 'running'",
     "background": """TABLE background (
     id TEXT PRIMARY KEY NOT NULL, pid INTEGER NOT NULL, ref TEXT NOT NULL, started_at TEXT NOT NULL,
-    status TEXT NOT NULL, log_archive_id TEXT NOT NULL, error TEXT NOT NULL, completed_at TEXT) WITHOUT ROWID""",
+    status TEXT NOT NULL, log_archive_id TEXT NOT NULL, error TEXT NOT NULL,
+    completed_at TEXT) WITHOUT ROWID""",
     "process_vars": """TABLE process_vars (
     bucket TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (bucket, key)) WITHOUT ROWID""",
     "process_buckets": "TABLE process_buckets (bucket TEXT PRIMARY KEY NOT NULL) WITHOUT ROWID",
@@ -528,7 +544,8 @@ _SETTINGS = """
 _EXECUTION = ", ".join(ExecutionRecord._fields)
 _BACKGROUND = ", ".join(BackgroundRun._fields)
 
-_SET_CACHE = "INSERT INTO cache (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
+_SET_CACHE = """
+    INSERT INTO cache (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"""
 _ADD_CACHE = "INSERT OR IGNORE INTO cache (key, value) VALUES (?, ?)"
 _GET_CACHE = "SELECT value FROM cache WHERE key = ?"
 _DELETE_CACHE = "DELETE FROM cache WHERE key = ?"
@@ -570,27 +587,29 @@ _RUNNING = """
 _PRUNE_STEP = 500  # rows, or pages: a few milliseconds
 _PRUNE = {table: [refs, *(f"""
     DELETE FROM {table} WHERE {key} IN (
-        SELECT {key} FROM {table} WHERE ref = ?1 AND status <> 'running' {which} LIMIT {_PRUNE_STEP} OFFSET {first})"""
+        SELECT {key} FROM {table} WHERE ref = ?1 AND status <> 'running' {which}
+        LIMIT {_PRUNE_STEP} OFFSET {first})"""
     for which, first in ((f"ORDER BY started_at DESC, {key} DESC", "?2"), ("AND started_at < ?2", "0")))]
     for table, key, refs in (
         ("history", "rowid", _REFS), ("background", "id", "SELECT DISTINCT ref FROM background"))}
 
 
 def _is_complete(objects: Iterable[Row]) -> bool:
-    """Whether these rows of sqlite_master (type, name, tbl_name, sql) hold the whole schema. DatabaseError for what
-    isn't what its name says, or would run by itself when our tables are used: a view, another layout, a trigger, an
-    expression. Added columns, indexes and tables are welcome."""
+    """Whether these rows of sqlite_master (type, name, tbl_name, sql) hold the whole schema. DatabaseError
+    for what isn't what its name says, or would run by itself when our tables are used: a view, another
+    layout, a trigger, an expression. Added columns, indexes and tables are welcome."""
     missing = set(_SCHEMA)
     for kind, name, table, text in objects:
-        if own := _SCHEMA.get(name.lower()):
+        if own := _SCHEMA.get(_folded(name)):
             # ALTER TABLE puts a column at the end, but before the constraints
-            at = len(own) if kind == "index" else own.find(", PRIMARY") if ", PRIMARY" in own else own.rfind(")")
+            at = own.find(", PRIMARY") if ", PRIMARY" in own else own.rfind(")")
+            at = len(own) if kind == "index" else at
             head, tail = f"CREATE {own[:at]}", own[at:]
             added = text[len(head) : len(text) - len(tail)]
             fits = text == head + added + tail and added[:1] in ("", ",") and "(" not in added
             missing.discard(name)
         else:
-            fits = table.lower() not in _TABLES or (kind != "trigger" and (text or "").count("(") <= 1)
+            fits = _folded(table) not in _TABLES or (kind != "trigger" and (text or "").count("(") <= 1)
         if not fits:
             raise sqlite3.DatabaseError(f"its {kind} {name!r} is not the store's")
     return not missing
@@ -604,8 +623,9 @@ _FORK_PATIENCE = 10.0  # seconds that a fork waits for the operations of other t
 
 
 class _Process:
-    """What this process has open. A fork waits for operations in flight, since no thread may be inside SQLite then.
-    Files that a session or transaction has open are lost to the child: it hasn't the locks that SQLite believes in."""
+    """What this process has open. A fork waits for operations in flight, since no thread may be inside SQLite
+    then. Files that a session or transaction has open are lost to the child: it hasn't the locks that SQLite
+    believes in."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -646,7 +666,8 @@ _process = _Process()
 
 
 class _Operation:
-    """Encloses each use of SQLite: a fork waits for it, and what SQLite and the system raise becomes StoreErrors."""
+    """Encloses each use of SQLite: a fork waits for it, and what SQLite and the system raise becomes
+    StoreErrors."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -678,8 +699,8 @@ _REASONS = {
     sqlite3.SQLITE_FULL: "the disk is full: nothing of this was changed; make room and try again",
     sqlite3.SQLITE_READONLY: "it can't be written to: check the rights of the file and of its folder",
     sqlite3.SQLITE_TOOBIG: "a value is larger than SQLite takes, 1,000,000,000 bytes: keep it in a file",
-    sqlite3.SQLITE_CANTOPEN: "it or what SQLite keeps beside it can't be opened: is it a file, its path shorter"
-    " than 512 bytes, and are the rights of the file and its folder yours?",
+    sqlite3.SQLITE_CANTOPEN: "it or what SQLite keeps beside it can't be opened: is it a file, its path below"
+    " 512 bytes, and have you the rights on it and its folder?",
     sqlite3.SQLITE_IOERR: "the system can't read or write it: is the disk full, a limit reached, or is this a"
     " file system without locks and shared memory, as network ones are?",
 }
@@ -705,8 +726,8 @@ def _translated(error: Exception, file: str) -> StoreError:
 
 
 def _what_it_is(file: str) -> str:
-    """What a file is that SQLite has refused. Only then may it be read: closing any descriptor of a file drops all
-    locks that the process holds on it."""
+    """What a file is that SQLite has refused. Only then may it be read: closing any descriptor of a file
+    drops all locks that the process holds on it."""
     try:
         with open(file, "rb") as stream:
             start = stream.read(1 << 17)
@@ -755,6 +776,8 @@ def _disconnect(sql: SQL) -> None:
 def _create(sql: SQL) -> None:
     for definition in _SCHEMA.values():
         sql.execute("CREATE " + definition.replace(" ", " IF NOT EXISTS ", 1))
+    sql.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+    sql.execute(f"PRAGMA user_version = {_VERSION}")
 
 
 def _read_blank(work: Work[T]) -> T:
@@ -768,7 +791,8 @@ def _read_blank(work: Work[T]) -> T:
 
 
 class _Connection:
-    """A connection to a store's file: only here locks are awaited, transactions begun and ended, files recognised."""
+    """A connection to a store's file: only here locks are awaited, transactions begun and ended, files
+    recognised."""
 
     def __init__(self, store: SQLiteDataStore) -> None:
         self.store = store
@@ -787,9 +811,11 @@ class _Connection:
     def open(self, make: bool) -> bool:
         """Open the file, made first where it is missing; False where it is missing and not to be made."""
         if self.file in _process.lost:
-            raise RuntimeError(f"{self.file}: a session or transaction had it open when this process was forked, so"
-                               " SQLite can't use it here: fork outside of them, or start processes by spawn")
+            raise RuntimeError(f"{self.file}: a session or transaction had it open when this process was"
+                               " forked: SQLite can't use it here; fork outside of them, or use spawn")
         while True:
+            if os.path.exists(self.file) and not os.path.isfile(self.file):
+                raise StoreError(f"{self.file}: this is no regular file: name another path", self.file)
             try:
                 self.sql = _connect(self.file)
                 self.fresh = True
@@ -810,18 +836,19 @@ class _Connection:
             _disconnect(self.sql)
 
     def wait(self) -> None:
-        """Sleep a moment, since somebody else has the lock; StoreBusyError when that has lasted for the timeout.
+        """Sleep a moment, since somebody else has the lock; StoreBusyError when that has lasted for the
+        timeout.
 
-        SQLite's handler sleeps up to 0.1 s at a time: of 64 writers the unluckiest waits for over a second. Here
-        pauses grow from 0.5 to 32 ms, but the longer one has waited, the oftener one tries.
+        SQLite's handler sleeps up to 0.1 s at a time: of 64 writers the unluckiest waits for over a second.
+        Here pauses grow from 0.5 to 32 ms, but the longer one has waited, the oftener one tries.
         """
         now = time.monotonic()
         if not self.waiting_since:
             self.waiting_since, self.pause = now, 0.00025
         waited, timeout = now - self.waiting_since, self.store._timeout
         if waited >= timeout:
-            raise StoreBusyError(f"{self.file}: another process has kept the store locked for {waited:.1f} seconds:"
-                                 " try again, or wait longer by timeout=", self.file)
+            raise StoreBusyError(f"{self.file}: another process has kept the store locked for {waited:.1f}"
+                                 " seconds: try again, or wait longer by timeout=", self.file)
         self.pause = min(self.pause * 2, 0.032 if waited < 0.1 else 0.008 if waited < 0.2 else 0.002)
         jitter = 0.5 + time.perf_counter_ns() % 1000 / 1000
         time.sleep(min(self.pause * jitter, timeout - waited))
@@ -829,7 +856,7 @@ class _Connection:
     def begin(self, write: bool) -> bool:
         """Take the write lock or a snapshot, waiting for others; whether a complete store is in it."""
         if write and (threading.get_ident(), self.file) in _process.transactions:
-            raise RuntimeError(f"{self.file}: this thread is in a transaction() on it, and would wait for itself")
+            raise RuntimeError(f"{self.file}: this thread, in a transaction() on it, would wait for itself")
         while True:
             try:
                 if self.fresh:
@@ -841,7 +868,8 @@ class _Connection:
                 self.rollback()
                 code = _code(error)
                 if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY) and not write and not self.seen:
-                    # To read, SQLite needs a -shm file; where it can't have one, it reads what nobody writes to.
+                    # To read, SQLite needs a -shm file; where it can't have one, it reads what nobody writes
+                    # to.
                     seen = self._look()
                     if not seen[-1]:
                         self.close()
@@ -850,18 +878,24 @@ class _Connection:
                         continue
                 elif code not in _BUSY:
                     raise
+            except BaseException:
+                self.rollback()
+                raise
             self.wait()
 
     def identify(self) -> bool:
-        """Whether the file is a complete store; False where it is blank or older. What isn't ours is refused."""
+        """Whether the file is a complete store; False where it is blank or older. What isn't ours is
+        refused."""
         application, version, cookie = (self.sql.execute(f"PRAGMA {name}").fetchone()[0]
                                         for name in ("application_id", "user_version", "schema_version"))
         if application != _APPLICATION_ID and (application or version or cookie):
-            raise CorruptStoreError(f"{self.file}: another program's SQLite file (application id {application:#x}),"
-                                    " so no store: name another path", self.file)
+            raise CorruptStoreError(f"{self.file}: another program's SQLite file (application id"
+                                    f" {application:#x}), so no store: name another path", self.file)
+        if not application and 0 < os.path.getsize(self.file) < 512:  # SQLite would take it for an empty file
+            raise CorruptStoreError(f"{self.file}: {_what_it_is(self.file)}", self.file)
         if version > _VERSION:
-            raise StoreError(f"{self.file}: this store needs a newer flowstore (its schema is {version}, this one"
-                             f" knows {_VERSION}): update this copy", self.file)
+            raise StoreError(f"{self.file}: this store needs a newer flowstore (its schema is {version}, this"
+                             f" one knows {_VERSION}): update this copy", self.file)
         if cookie != self.store._known_schema:
             if not _is_complete(self.sql.execute("SELECT type, name, tbl_name, sql FROM sqlite_master")):
                 return False
@@ -883,8 +917,8 @@ class _Connection:
     def checkpoint(self) -> None:
         """Copy the WAL into the file, so that the next writer starts it anew.
 
-        Until SQLite 3.51.2 a commit that does so between two checkpoints can lose pages. Nobody can while this
-        connection holds the write lock; and a passive checkpoint, on another one, waits for no reader.
+        Until SQLite 3.51.2 a commit that does so between two checkpoints can lose pages. Nobody can while
+        this connection holds the write lock; and a passive checkpoint, on another one, waits for no reader.
         """
         self.sql.execute("BEGIN IMMEDIATE")
         try:
@@ -916,7 +950,8 @@ class _Connection:
                 return _read_blank(work)
 
     def _look(self) -> tuple[int, ...]:
-        """The state of a file that can only be looked at; last the size of its WAL, which can't be read then."""
+        """The state of a file that can only be looked at; last the size of its WAL, which can't be read
+        then."""
         status = os.stat(self.file)
         wal = os.stat(self.file + "-wal").st_size if os.path.exists(self.file + "-wal") else 0
         return status.st_ino, status.st_mtime_ns, status.st_size, wal
@@ -930,8 +965,8 @@ class _Connection:
 
     def write(self, work: Work[T]) -> T:
         """Run work in a write transaction, on the disk when this returns."""
+        self.begin_write()
         try:
-            self.begin_write()
             result = work(self.sql)
             self.commit()
             return result
@@ -951,8 +986,8 @@ class _Connection:
     def initialise(self) -> None:
         """Make a store of a blank file, or add what an older one lacks; to be tried until it is complete.
 
-        Many may do so at once. Who unlinks a file (destroy_store) takes it out of WAL mode first, where SQLite
-        refuses to write to one that has lost its name: what is at the path counts then.
+        Many may do so at once. Who unlinks a file (destroy_store) takes it out of WAL mode first, where
+        SQLite refuses to write to one that has lost its name: what is at the path counts then.
         """
         if not os.path.getsize(self.file):
             os.chmod(self.file, 0o600)
@@ -968,13 +1003,11 @@ class _Connection:
             self.wait()
             return
         if mode != "wal":
-            raise StoreError(f"{self.file}: SQLite can't keep a WAL here, which takes locks and shared memory (its"
-                             f" mode stays {mode}): name a store on a local disk", self.file)
+            raise StoreError(f"{self.file}: SQLite can't keep a WAL here, which takes locks and shared memory"
+                             f" (its mode stays {mode}): name a store on a local disk", self.file)
         try:
             if not self.begin(write=True):
                 _create(self.sql)
-                self.sql.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-                self.sql.execute(f"PRAGMA user_version = {_VERSION}")
                 self.sql.execute("COMMIT")
         finally:
             self.rollback()
@@ -1001,8 +1034,8 @@ class _Operations(DataStore):
 
     def _fetch_each(self, statement: str, names: dict[str, Cell] | None, load: Callable[..., T],
                     *values: object) -> dict[str, list[T]]:
-        """What load makes of the rows of each name (None: each ref) that has any. (One statement for all would meet
-        SQLite's limit of variables.)"""
+        """What load makes of the rows of each name (None: each ref) that has any. (One statement for all
+        would meet SQLite's limit of variables.)"""
         def work(sql: SQL) -> dict[str, list[T]]:
             each = names
             if each is None:
@@ -1031,7 +1064,8 @@ class _Operations(DataStore):
         return values[0] if values else None
 
     def get_cache_entries(self, keys: Iterable[str]) -> dict[str, bytes]:
-        return {key: values[0] for key, values in self._fetch_each(_GET_CACHE, _names("key", keys), _blob).items()}
+        found = self._fetch_each(_GET_CACHE, _names("key", keys), _blob)
+        return {key: values[0] for key, values in found.items()}
 
     def delete_cache_entry(self, key: str) -> None:
         self._execute((_DELETE_CACHE, (_name("key", key),)))
@@ -1044,13 +1078,13 @@ class _Operations(DataStore):
     def get_execution_history(self, ref: str, limit: int = 0) -> list[ExecutionRecord]:
         return self._fetch(_HISTORY, (_name("ref", ref), _limit(limit)), _load_execution)[::-1]
 
-    def get_execution_histories(self, refs: Iterable[str], limit: int = 0) -> dict[str, list[ExecutionRecord]]:
+    def get_execution_histories(self, refs: Iterable[str], limit: int = 0) -> Histories:
         return self._histories(_names("ref", refs), limit)
 
-    def get_all_execution_history(self, limit_per_ref: int = 0) -> dict[str, list[ExecutionRecord]]:
+    def get_all_execution_history(self, limit_per_ref: int = 0) -> Histories:
         return self._histories(None, limit_per_ref)
 
-    def _histories(self, names: dict[str, Cell] | None, limit: int) -> dict[str, list[ExecutionRecord]]:
+    def _histories(self, names: dict[str, Cell] | None, limit: int) -> Histories:
         found = self._fetch_each(_HISTORY, names, _load_execution, _limit(limit))
         return {ref: records[::-1] for ref, records in found.items()}
 
@@ -1075,7 +1109,8 @@ class _Operations(DataStore):
         return runs[0]
 
     def get_background_runs(self, ids: Iterable[str]) -> dict[str, BackgroundRun]:
-        return {id: runs[0] for id, runs in self._fetch_each(_GET_RUN, _names("id", ids), _load_background).items()}
+        found = self._fetch_each(_GET_RUN, _names("id", ids), _load_background)
+        return {id: runs[0] for id, runs in found.items()}
 
     def list_background_runs(self) -> list[BackgroundRun]:
         return sorted(self._fetch(_LIST_RUNS, (), _load_background), key=lambda run: _utf8(run.id))
@@ -1109,7 +1144,8 @@ class _Operations(DataStore):
 
     def get_all_process_vars(self, bucket: str) -> dict[str, str]:
         rows = self._fetch(_LIST_VARS, (_name("bucket", bucket),), _load_texts)
-        found = {key: value for of_root in (True, False) for scope, key, value in rows if (scope != bucket) == of_root}
+        rows.sort(key=lambda row: row[0] == bucket)  # its own last
+        found = {key: value for _, key, value in rows}
         return {key: found[key] for key in _ordered(found)}
 
     def get_process_var_keys(self, bucket: str) -> list[str]:
@@ -1139,8 +1175,9 @@ def _history_row(record: ExecutionRecord, process: str = "") -> list[Any]:
 class SQLiteDataStore(_Operations):
     """A store in an SQLite file, which any number of processes and threads may use at the same time.
 
-    `path` is the file, made where it is missing, with its folder; None or "" is default_path(). Each operation opens
-    and closes it, and waits up to `timeout` seconds for other processes. `.path` is its absolute name.
+    `path` is the file, made where it is missing, with its folder; None or "" is default_path(). Each
+    operation opens and closes it, and waits up to `timeout` seconds for other processes. `.path` is its
+    absolute name.
     """
 
     def __init__(self, path: Path | None = None, *, timeout: float = 3.0) -> None:
@@ -1149,8 +1186,11 @@ class SQLiteDataStore(_Operations):
             raise ValueError("timeout must be 0 or more seconds")
         path = "" if path is None else os.fsdecode(path)
         if path == ":memory:" or "\0" in path:
-            raise ValueError("a store is a file (each operation has a connection of its own); no NUL in its path")
-        self.path = os.path.abspath(path or default_path())
+            raise ValueError("a store is a file, since each operation opens it; and no path has a NUL")
+        try:
+            self.path = os.path.abspath(path or default_path())
+        except OSError as error:  # the current folder has been removed
+            raise _translated(error, path) from error
         self._timeout = min(timeout, 1e6)  # about what SQLite and time.sleep() understand
         self._file = _resolved(self.path)
         self._operation = _Operation(self._file)
@@ -1175,17 +1215,19 @@ class SQLiteDataStore(_Operations):
             return connection.write(work)
 
     def session(self) -> AbstractContextManager[_Session]:
-        """A context manager that yields a store whose operations share a connection, each in its own transaction: for
-        loops. RuntimeError where it is used after its end, from another thread or after a fork."""
+        """A context manager that yields a store whose operations share a connection, each in its own
+        transaction: for loops. RuntimeError where it is used after its end, from another thread or after a
+        fork."""
         return _Session(self, False)
 
     def transaction(self) -> AbstractContextManager[_Session]:
         return _Session(self, True)
 
     def execution(self, ref: str, *, id: str | None = None, **fields: str) -> Execution:
-        """A context manager that records a run of ref, see Execution. Its id, by default a UUID, names a scope: at most
-        255 bytes, no NUL, `:`, `/` or space. Other fields: label, command, spec, log_archive_id, working_dir; source,
-        client_name and session_id, by default of the environment (RUN_SOURCE_ENV …)."""
+        """A context manager that records a run of ref, see Execution. Its id, by default a UUID, names a
+        scope: at most 255 bytes, no NUL, `:`, `/` or space. Other fields: label, command, spec,
+        log_archive_id, working_dir; source, client_name and session_id, by default of the environment
+        (RUN_SOURCE_ENV …)."""
         return Execution(self, ref, id, fields)
 
     def reconcile(self) -> int:
@@ -1196,12 +1238,14 @@ class SQLiteDataStore(_Operations):
 
     def _gone(self) -> list[tuple[Any, ...]]:
         """Table, ref, id, pid and start (as cells) of what is recorded as running and is gone."""
-        running = self._fetch(_RUNNING, (), lambda *row: (row, _time(_str(row[4])), _str(row[5])))
-        return [row[:5] for row, started_at, note in running if _is_gone(row[3], started_at, note)]
+        running = self._fetch(
+            _RUNNING, (), lambda *row: (row, _number(row[3]), _time(_str(row[4])), _str(row[5])))
+        return [row[:5] for row, pid, started_at, note in running if _is_gone(pid, started_at, note)]
 
     def prune(self, keep: int | None = None, before: datetime | None = None) -> PruneSummary:
-        """Delete, per ref, all but the newest `keep` records, and those that started before `before`; of background
-        runs the same. Running ones stay and don't count. In small steps: no writer waits for long."""
+        """Delete, per ref, all but the newest `keep` records, and those that started before `before`; of
+        background runs the same. Running ones stay and don't count. In small steps: no writer waits for
+        long."""
         if keep is not None and _integer("keep", keep) < 0:
             raise ValueError("keep must be 0 or more")
         limits = keep, None if before is None else _instant("before", before)
@@ -1214,25 +1258,26 @@ class SQLiteDataStore(_Operations):
                             deleted[table] += step
             free = [0]
             while free != (free := session._fetch("PRAGMA freelist_count", (), int)) and free[0]:
-                session._write(lambda sql: sql.execute(f"PRAGMA incremental_vacuum({_PRUNE_STEP})").fetchall())
+                session._write(lambda sql: [*sql.execute(f"PRAGMA incremental_vacuum({_PRUNE_STEP})")])
             session._connection.checkpoint()  # which cuts the file
         return PruneSummary(**deleted)
 
     def backup(self, target: Path) -> None:
-        """Copy the store, as it is at one moment, to a new file with mode 0600 while others go on writing. StoreError
-        where something is at target already; a copy that fails is removed."""
+        """Copy the store, as it is at one moment, to a new file with mode 0600 while others go on writing.
+        StoreError where something is at target already; a copy that fails is removed."""
         target = os.path.abspath(os.fsdecode(target))
         with self._operation, _Connection(self) as connection:
             if not connection.open(make=False):
                 raise StoreError(f"{self.path}: there is no store here to copy", self.path)
+            connection.read(lambda sql: None)  # is it a store?
+            try:
+                _make_file(target)
+            except OSError as error:  # FileExistsError among them
+                raise StoreError(f"{target}: {error.strerror}: name a new file for it", target) from error
             connection.read(lambda sql: _copy(sql, target))
 
 
 def _copy(sql: SQL, target: str) -> None:
-    try:
-        _make_file(target)
-    except OSError as error:  # FileExistsError among them
-        raise StoreError(f"{target}: {error.strerror}: name a new file for the backup", target) from error
     copy = _connect(target)
     try:
         copy.executescript(_SETTINGS)
@@ -1240,25 +1285,29 @@ def _copy(sql: SQL, target: str) -> None:
     except BaseException as error:
         _disconnect(copy)
         os.unlink(target)
-        raise _translated(error, target) if isinstance(error, sqlite3.Error) and _code(error) in _REASONS else error
+        if isinstance(error, sqlite3.Error) and _code(error) in _REASONS:
+            raise _translated(error, target) from error
+        raise
     _disconnect(copy)
 
 
 def _resolved(path: str) -> str:
-    """The file behind a path's links. Refused: what another user has put into a folder that anyone may write to, since
-    it may be planted (as Linux's protected_symlinks and protected_regular have it)."""
+    """The file behind a path's links. Refused: what another user has put into a folder that anyone may write
+    to, since it may be planted (as Linux's protected_symlinks and protected_regular have it)."""
     try:
         entry, folder = os.lstat(path), os.stat(os.path.dirname(path))
     except OSError:
         return os.path.realpath(path)
-    if folder.st_mode & stat.S_IWOTH and os.name == "posix" and entry.st_uid not in (os.geteuid(), folder.st_uid):
-        raise StoreError(f"{path}: another user has put this into a folder that anyone may write to: name a path"
-                         " in a folder of your own", path)
+    ours = os.name != "posix" or entry.st_uid in (os.geteuid(), folder.st_uid)
+    if folder.st_mode & stat.S_IWOTH and not ours:
+        raise StoreError(f"{path}: another user has put this into a folder that anyone may write to: name a"
+                         " path in a folder of your own", path)
     return os.path.realpath(path)
 
 
 class _Session(_Operations):
-    """What session() and transaction() yield: the operations on one connection, for the thread that opened it."""
+    """What session() and transaction() yield: the operations on one connection, for the thread that opened
+    it."""
 
     def __init__(self, store: SQLiteDataStore, atomic: bool, connection: _Connection | None = None) -> None:
         self.path = store.path
@@ -1291,7 +1340,7 @@ class _Session(_Operations):
 
     def __exit__(self, kind: object, *_: object) -> None:
         owner, self._owner = self._owner, None
-        if owner and owner[1] == _process.forks:  # else it is the parent's, and even closing it would harm that
+        if owner and owner[1] == _process.forks:  # else it is the parent's: even closing it would harm that
             with self._operation:
                 try:
                     if self._atomic and kind is None:
@@ -1311,14 +1360,15 @@ class _Session(_Operations):
     def _check_open(self) -> None:
         if self._owner != (threading.get_ident(), _process.forks):
             reason = "was opened by another thread, or before this process was forked: open one here"
-            raise RuntimeError(f"{self.path}: this session or transaction {reason if self._owner else 'is not open'}")
+            reason = reason if self._owner else "is not open"
+            raise RuntimeError(f"{self.path}: this session or transaction {reason}")
         if self._atomic:
             self._check_alive()
 
     def _check_alive(self) -> None:
         if not self._connection.sql.in_transaction:
-            raise StoreError(f"{self.path}: SQLite has rolled this transaction back (a full disk, or an I/O error):"
-                             " nothing of it was changed; begin it again", self.path)
+            raise StoreError(f"{self.path}: SQLite has rolled this transaction back (a full disk, or an I/O"
+                             " error): nothing of it was changed; begin it again", self.path)
 
     def _read(self, work: Work[T], snapshot: bool = False) -> T:
         self._check_open()
@@ -1358,9 +1408,9 @@ class _ExistingStore(SQLiteDataStore):
 
 
 def destroy_store(path: Path | None = None) -> None:
-    """Remove a store's file with all that is in it; a missing one is no error, what isn't a store is refused. What
-    others write once it has been emptied lives on in a new store. StoreBusyError where one of them keeps it open for
-    longer than the timeout (3 seconds): the empty file is left."""
+    """Remove a store's file with all that is in it; a missing one is no error, what isn't a store is refused.
+    What others write once it has been emptied lives on in a new store. StoreBusyError where one of them keeps
+    it open for longer than the timeout (3 seconds): the empty file is left."""
     store = _ExistingStore(path)
     with store._operation, _Connection(store) as connection:
         if not connection.open(make=False):
@@ -1378,23 +1428,24 @@ def destroy_store(path: Path | None = None) -> None:
                 if not connection.open(make=False):
                     return
         except StoreBusyError:
-            raise StoreBusyError(f"{store.path}: the store has been emptied, but another process keeps it open: only"
-                                 " the empty file is left; end that process and do it again", store.path) from None
+            raise StoreBusyError(f"{store.path}: the store has been emptied, but another process keeps it"
+                                 " open, so the file is left: end that and do it again", store.path) from None
 
 
 def _unlink(connection: _Connection) -> bool:
     """Unlink an emptied file; False where it is to be tried again, with the file that is at the path then.
 
-    Alone with it and out of WAL mode, in which others could go on writing to it when it has lost its name, and a new
-    file would meet its -wal. The one write is refused by SQLite where it has lost its name already.
+    Alone with it and out of WAL mode, in which others could go on writing to it when it has lost its name,
+    and a new file would meet its -wal. The one write is refused by SQLite where it has lost its name already.
     """
     sql = connection.sql
     try:
         if connection.begin(write=False):
             return True  # somebody has made a new store of it, which stays
         connection.rollback()
-        for statement in ("PRAGMA locking_mode = EXCLUSIVE", "PRAGMA journal_mode = DELETE", "BEGIN EXCLUSIVE"):
-            sql.execute(statement).fetchall()
+        sql.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
+        sql.execute("PRAGMA journal_mode = DELETE").fetchall()
+        sql.execute("BEGIN EXCLUSIVE")
         if connection.identify():
             return True
         sql.execute("PRAGMA user_version = 0")
@@ -1406,7 +1457,7 @@ def _unlink(connection: _Connection) -> bool:
             except FileNotFoundError:
                 pass
         if os.name != "nt":
-            sql.execute("ROLLBACK")  # a mere close would unlink the journal by its name, by now perhaps another's
+            sql.execute("ROLLBACK")  # a mere close would unlink the journal by name, by now perhaps another's
         return True
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode == sqlite3.SQLITE_READONLY_DBMOVED:
@@ -1418,11 +1469,12 @@ def _unlink(connection: _Connection) -> bool:
 
 
 def migrate_process_buckets(path: Path | None = None) -> list[str]:
-    """Move legacy tables under the process scope, in one transaction; returns the names of the buckets, in order.
+    """Move legacy tables under the process scope, in one transaction; returns the names of the buckets, in
+    order.
 
-    Each table with just the columns `key` and `value` that isn't the store's own is a bucket: its rows are added to
-    the scope of its name, where a variable that is there wins, and it goes. NULL becomes "", a BLOB its text, a
-    number its decimal text; of equal keys the last row counts. A missing file is no error.
+    Each table with just the columns `key` and `value` that isn't the store's own is a bucket: its rows are
+    added to the scope of its name, where a variable that is there wins, and it goes. NULL becomes "", a BLOB
+    its text, a number its decimal text; of equal keys the last row counts. A missing file is no error.
     """
     if not os.path.lexists(_ExistingStore(path)._file):
         return []
@@ -1431,10 +1483,11 @@ def migrate_process_buckets(path: Path | None = None) -> list[str]:
 
 
 def _plain_tables(sql: SQL) -> list[str]:
-    """The tables that are neither virtual nor SQLite's own, nor of a name that sqlite3 can't use (no UTF-8)."""
+    """The tables that are neither virtual nor SQLite's own, nor of a name that sqlite3 can't use (no
+    UTF-8)."""
     sql.text_factory = _str
     rows = sql.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND sql LIKE 'CREATE TABLE %'")
-    return [name for name, in rows if name.lower()[:7] != "sqlite_" and isinstance(_text("name", name), str)]
+    return [name for name, in rows if _folded(name)[:7] != "sqlite_" and isinstance(_text("name", name), str)]
 
 
 def _legacy_tables(sql: SQL) -> list[str]:
@@ -1442,7 +1495,7 @@ def _legacy_tables(sql: SQL) -> list[str]:
         return sorted((row[1], row[6]) for row in sql.execute(f"PRAGMA table_xinfo({_quoted(table)})"))
 
     return _ordered(name for name in _plain_tables(sql)
-                    if name and name.lower() not in _TABLES and columns(name) == [("key", 0), ("value", 0)])
+                    if name and _folded(name) not in _TABLES and columns(name) == [("key", 0), ("value", 0)])
 
 
 def _move_legacy_tables(sql: SQL) -> list[str]:
@@ -1478,11 +1531,12 @@ class PruneSummary(NamedTuple):
 
 
 class Execution:
-    """What execution() yields: `id`, `ref`, `bucket` (its scope) and `env` (the environment for a child, which finds
-    scope and store in it). The body may set `exit_code`, `error` and `log_archive_id`.
+    """What execution() yields: `id`, `ref`, `bucket` (its scope) and `env` (the environment for a child,
+    which finds scope and store in it). The body may set `exit_code`, `error` and `log_archive_id`.
 
-    On entry there is a record with status running, and the scope. On exit the record is completed, or failed where
-    exit_code or error is set or an exception goes through, and the scope is gone. Each in one transaction.
+    On entry there is a record with status running, and the scope. On exit the record is completed, or failed
+    where exit_code or error is set or an exception goes through, and the scope is gone. Each in one
+    transaction.
     """
 
     def __init__(self, store: SQLiteDataStore, ref: str, id: str | None, fields: dict[str, Any]) -> None:
@@ -1490,15 +1544,17 @@ class Execution:
             import uuid
 
             id = str(uuid.uuid4())
-        if _name("id", id) == ROOT_BUCKET or len(_utf8(id)) > 255 or not set("\0:/ ").isdisjoint(id):
+        self._name = _name("id", id)
+        if id == ROOT_BUCKET or len(_utf8(id)) > 255 or not set("\0:/ ").isdisjoint(id):
             raise ValueError("id must have at most 255 bytes, no NUL, colon, slash or space, and not be root")
         try:
             working_dir = os.getcwd()
         except OSError:  # it has been removed
             working_dir = ""
         self._record = ExecutionRecord(ref, datetime.now(timezone.utc), id=id, **{
-            "source": run_env_value(RUN_SOURCE_ENV) or RUN_SOURCE_CLI, "client_name": run_env_value(RUN_CLIENT_ENV),
-            "session_id": run_env_value(RUN_SESSION_ENV), "working_dir": working_dir, **fields})
+            "source": run_env_value(RUN_SOURCE_ENV) or RUN_SOURCE_CLI,
+            "client_name": run_env_value(RUN_CLIENT_ENV), "session_id": run_env_value(RUN_SESSION_ENV),
+            "working_dir": working_dir, **fields})
         self._store = store
         self.id = self.bucket = id
         self.ref = ref
@@ -1512,26 +1568,27 @@ class Execution:
         self._record = self._record._replace(
             started_at=datetime.now(timezone.utc), status=RunStatus.RUNNING, pid=os.getpid())
         row = _history_row(self._record, _process_note(os.getpid()))
-        self._store._execute((_RECORD, row), (_ADD_BUCKET, (self.id,)))
+        self._store._execute((_RECORD, row), (_ADD_BUCKET, (self._name,)))
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
-            self.exit_code = error.code or 0
+            self.exit_code = int(error.code or 0)
         elif error is not None:
             self.exit_code = self.exit_code or (130 if isinstance(error, KeyboardInterrupt) else 1)
             self.error = self.error or f"{type(error).__name__}: {error}".removesuffix(": ")
         row = _history_row(self._record._replace(
             status=RunStatus.FAILED if self.exit_code or self.error else RunStatus.COMPLETED,
-            exit_code=self.exit_code, log_archive_id=self.log_archive_id, completed_at=datetime.now(timezone.utc),
-            error=_str(self.error.encode("utf-8", "backslashreplace")),
+            exit_code=self.exit_code, error=_str(self.error.encode("utf-8", "backslashreplace")),
+            log_archive_id=self.log_archive_id, completed_at=datetime.now(timezone.utc),
             duration=timedelta(microseconds=(time.monotonic_ns() - self._began) // 1000)))
         try:
-            self._store._execute((_RECORD, row), (_DELETE_VARS, (self.id,)), (_DELETE_BUCKET, (self.id,)))
+            name = (self._name,)
+            self._store._execute((_RECORD, row), (_DELETE_VARS, name), (_DELETE_BUCKET, name))
         except StoreError as failure:
             if error is None:
                 raise
-            error.add_note(f"and the end of the run was not recorded: {failure}")  # the body's own error goes on
+            error.add_note(f"and the end of the run was not recorded: {failure}")  # the body's error goes on
 
 
 def _line(path: str) -> str:
@@ -1543,8 +1600,9 @@ def _line(path: str) -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process began, in clock ticks since the boot; "" where it has ended; None where that can't be told."""
-    fields = _line(f"/proc/{pid}/stat").rpartition(")")[2].split()  # proc(5): the name before it may hold anything
+    """When a process began, in clock ticks since the boot; "" where it has ended; None where that can't be
+    told."""
+    fields = _line(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name before it may hold anything
     return None if len(fields) < 20 else "" if fields[0] in "ZX" else fields[19]
 
 
@@ -1580,7 +1638,7 @@ def _is_gone(pid: int, started_at: datetime, note: str) -> bool:
     if len(noted) == 4:
         return noted[3] not in (start, "-")
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    return booted + int(start) / os.sysconf("SC_CLK_TCK") > started_at.timestamp() + 2  # seconds: clocks are set
+    return booted + int(start) / os.sysconf("SC_CLK_TCK") > started_at.timestamp() + 2  # s: clocks are set
 
 
 def _mark_gone(sql: SQL, gone: list[tuple[Any, ...]]) -> int:
@@ -1590,7 +1648,8 @@ def _mark_gone(sql: SQL, gone: list[tuple[Any, ...]]) -> int:
             UPDATE {table} SET status = 'failed', error = ?, completed_at = ?
             WHERE status = 'running' AND ref = ? AND started_at = ? AND id = ? AND pid = ?""",
             (_GONE, now, ref, started_at, id, pid)).rowcount
-        if changed and id not in ("", ROOT_BUCKET):
+        alive = sql.execute("SELECT 1 FROM history WHERE status = 'running' AND id = ?", (id,)).fetchone()
+        if changed and not alive and id not in ("", ROOT_BUCKET):
             sql.execute(_DELETE_VARS, (id,))
             sql.execute(_DELETE_BUCKET, (id,))
         count += changed
@@ -1601,7 +1660,7 @@ def _mark_gone(sql: SQL, gone: list[tuple[Any, ...]]) -> int:
 
 
 class ImportSummary(NamedTuple):
-    """What import_bolt() has added, the legacy scopes it has met, and bucket, key and reason of what it couldn't read."""
+    """What was added, legacy scopes met, and bucket, key and reason of what couldn't be read."""
 
     cache: int = 0
     history: int = 0
@@ -1614,90 +1673,78 @@ class ImportSummary(NamedTuple):
 
 
 def import_bolt(source: Path, path: Path | None = None) -> ImportSummary:
-    """Bring over a file of the original, of any release, in one transaction. What the store has wins; importing again
-    changes nothing. The source is only read, under a shared lock; StoreError where that can't be done.
-
-    Its top-level buckets: `cache`; `history`, with a bucket of records per ref; `background`; `process`, with a bucket
-    of variables per scope; any other is a scope of the first releases. One migration of the original moved background
-    runs into the scope `background`: they are recovered.
-    """
+    """Add what a file of the original has in one transaction. What the store has wins, so a
+    second import changes nothing. The source is only read, under a shared lock."""
     source = os.path.abspath(os.fsdecode(source))
-    problems: list[tuple[str, str, str]] = []
-
-    def problem(bucket: tuple[bytes, ...], key: bytes, reason: str) -> None:
-        if len(problems) < _MOST_PROBLEMS:
-            problems.append((_str(b"/".join(bucket)), _str(key), reason))
-
+    store = _ExistingStore(path)  # made by the write: not for a bad source
     try:
         with open(source, "rb") as stream:
-            _lock_shared(stream, source)
-            entries = _read_bolt(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), problem)
-            counts = SQLiteDataStore(path)._write(lambda sql: _add_entries(sql, entries, problem))
+            _share_lock(stream, source, time.monotonic() + store._timeout)
+            file = _BoltFile(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+            counts = store._write(lambda sql: _add_entries(sql, file))
     except StoreError:
         raise
-    except (_BoltError, OSError, ValueError) as error:  # ValueError: an empty file can't be mapped
+    except (OSError, ValueError) as error:  # ValueError: no bbolt file, or empty
         kind = StoreError if isinstance(error, OSError) else CorruptStoreError
-        raise kind(f"{source}: {error}: name a file of the original, or a copy of it", source) from None
-    return ImportSummary(**counts, problems=tuple(problems))
+        raise kind(f"{source}: {error}: name a file of the original", source) from None
+    return ImportSummary(**counts, problems=tuple(file.problems))
 
 
-def _lock_shared(stream: Any, source: str) -> None:
-    """Take the lock that bbolt takes, where the platform and the file system have it."""
-    if os.name != "posix":
-        return
-    import fcntl
-
-    deadline = time.monotonic() + 3.0
-    while True:
+def _share_lock(stream: Any, source: str, deadline: float) -> None:
+    """Take the lock that bbolt takes, where the system has it."""
+    while os.name == "posix":
+        import fcntl
         try:
-            return fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            break
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise StoreBusyError(f"{source}: another process keeps it locked: end it first", source) from None
+                raise StoreBusyError(f"{source}: another process has it locked: end that", source) from None
             time.sleep(0.01)
         except OSError:
-            return
+            break
 
 
-def _add_entries(sql: SQL, entries: Iterable[Any], problem: Problem) -> dict[str, int]:
+def _add_entries(sql: sqlite3.Connection, file: _BoltFile) -> dict[str, int]:
+    """Scopes once were at the top; a nested one wins. A faulty migration moved runs into one."""
     counts = dict.fromkeys(ImportSummary._fields[:-1], 0)
 
     def add(kind: str, statement: str, *cells: Any) -> None:
         counts[kind] += sql.execute(statement, cells).rowcount
 
-    # legacy scopes may come before `process`, whose variables win over theirs
+    known = "cache", "history", "background", "process"
     sql.execute("CREATE TEMP TABLE legacy (bucket, key, value)")
-    for path, key, value in entries:
+    for path, key, value in file.entries((), file.root):
+        name, scope = _cell(key), _cell(path[-1]) if path else ""
         try:
-            match path, value is None:
-                case _ if not key:
-                    raise ValueError("it has no key")
-                case (), True:
-                    if key not in (b"cache", b"history", b"background", b"process"):
-                        counts["legacy_scopes"] += 1
-                        add("process_buckets", _ADD_BUCKET, _cell(key))
-                case (b"cache",), False:
-                    add("cache", _ADD_CACHE, _cell(key), value)
-                case (b"history",), True:
-                    pass
-                case (b"history", ref), False:
-                    add("history", _ADD_RECORD, *_record_cells(ref, key, value))
-                case (b"background",), False:
-                    add("background", _ADD_RUN, *_run_cells(key, value))
-                case (b"process",), True:
-                    if key != b"background":
-                        add("process_buckets", _ADD_BUCKET, _cell(key))
-                case (b"process", b"background"), False if _is_run(key, value):
-                    add("recovered_runs", _ADD_RUN, *_run_cells(key, value))
-                case (b"process", scope), False:
-                    add("process_buckets", _ADD_BUCKET, _cell(scope))
-                    add("process_vars", _ADD_VAR, _cell(scope), _cell(key), _cell(value))
-                case (scope,), False if scope not in (b"history", b"process"):
-                    sql.execute("INSERT INTO legacy VALUES (?, ?, ?)", (_cell(scope), _cell(key), _cell(value)))
+            match path if value is not None else (*path, None):
+                case (None,) | (b"history" | b"process", None):
+                    if path != (b"history",) and name not in (("background",) if path else known):
+                        counts["legacy_scopes"] += not path
+                        add("process_buckets", _ADD_BUCKET, name)
+                case (b"cache",):
+                    add("cache", _ADD_CACHE, name, value)
+                case (b"history", ref) if data := _json(value):
+                    if data.get("id") or len(key) != 8:
+                        data["id"], identity = _str(key), zlib.crc32(ref + b"\0" + key)
+                    else:  # known again by its number and JSON
+                        identity = int.from_bytes(key[4:], "big", signed=True) << 32 | zlib.crc32(value)
+                    row = _row_of_dict(ExecutionRecord, {**data, "ref": _str(ref)})
+                    add("history", _ADD_RECORD, *row, identity, "")
+                case (b"background",) | (b"process", b"background") if (data := _json(value)) and (
+                        not path[1:] or (data.get("id") == name and {"pid", "ref", "status"} <= data.keys())):
+                    row = _row_of_dict(BackgroundRun, {"ref": "", **data, "id": _str(key)})
+                    add("recovered_runs" if path[1:] else "background", _ADD_RUN, *row)
+                case (b"process", _):
+                    if scope == "background":
+                        add("process_buckets", _ADD_BUCKET, scope)
+                    add("process_vars", _ADD_VAR, scope, name, _cell(value))
+                case (_,) if scope not in known:
+                    sql.execute("INSERT INTO legacy VALUES (?, ?, ?)", (scope, name, _cell(value)))
                 case _:
-                    raise ValueError("nothing that the original writes there")
-        except (ValueError, TypeError, RecursionError) as error:
-            problem(path, key, str(error))
+                    raise ValueError("not what the original writes there")
+        except (ValueError, TypeError) as error:
+            file.problem(path, key, str(error))
     add("process_vars", "INSERT OR IGNORE INTO process_vars (bucket, key, value) SELECT * FROM legacy")
     return counts
 
@@ -1709,513 +1756,382 @@ def _cell(data: bytes | memoryview) -> Cell:
         return bytes(data)
 
 
-def _json(cls: type[Record], value: memoryview) -> dict[str, Any]:
-    """A record's JSON as Go's decoder takes it: names in any case, the last of equal ones, null as nothing."""
+def _json(value: memoryview) -> dict[str, Any]:
+    """A record's JSON as Go takes it: names in any case, the last of equals, no null."""
     import json
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no JSON")
-
-    found = json.loads(str(value, "utf-8", "replace"), parse_constant=refuse, object_pairs_hook=lambda pairs: {
-        name.casefold(): each for name, each in pairs if each is not None})
-    if not isinstance(found, dict):
-        raise TypeError("it is no JSON object")
-    data = {tag: found.get(tag.casefold()) for tag in map(_tag, cls._fields)}
-    for tag, each in data.items():
-        if isinstance(each, str) and not each.isascii():  # a lone surrogate is no text for Go
-            data[tag] = each.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    data["startedAt"] = data["startedAt"] or "0001-01-01T00:00:00Z"
-    return data
-
-
-def _run_cells(key: bytes, value: memoryview) -> list[Any]:
-    data = _json(BackgroundRun, value)
-    return _row_of_dict(BackgroundRun, {**data, "id": _str(key), "ref": data["ref"] or ""})
-
-
-def _is_run(key: bytes, value: memoryview) -> bool:
     try:
-        data = _json(BackgroundRun, value)
-    except (ValueError, TypeError, RecursionError):
-        return False
-    return data["id"] == _str(key) and None not in (data["pid"], data["ref"], data["status"])
+        data = json.loads(str(value, "utf-8", "replace"), object_pairs_hook=lambda pairs: {
+            _TAGS.get(name.casefold(), name): each for name, each in pairs if each is not None})
+        return {"startedAt": "0001-01-01T00:00:00Z", **data}
+    except (ValueError, TypeError, RecursionError):  # no JSON object
+        return {}
 
 
-def _record_cells(ref: bytes, key: bytes, value: memoryview) -> list[Any]:
-    data = _json(ExecutionRecord, value)
-    if len(key) == 8 and not data["id"]:  # a number in sequence, of a record without id: known again by all of it
-        import hashlib
-
-        identity = int.from_bytes(hashlib.blake2b(key + bytes(value), digest_size=8).digest(), "big", signed=True)
-    else:
-        data["id"] = _str(key)
-        identity = zlib.crc32(ref + b"\0" + key)
-    return [*_row_of_dict(ExecutionRecord, {**data, "ref": _str(ref)}), identity, ""]
-
-
-_META = struct.Struct("<4I6Q")  # magic, version, page size, flags, root, sequence, freelist, high water, txid, sum
-_PAGE = struct.Struct("<QHHI")  # id, flags, count, overflow
-_BRANCH_ELEMENT = struct.Struct("<IIQ")  # pos, key size, page id
-_LEAF_ELEMENT = struct.Struct("<4I")  # flags, pos, key size, value size
-_BUCKET = struct.Struct("<QQ")  # root, sequence
-_BRANCH, _LEAF = 1, 2
-_DEEPEST = 100  # real buckets lie three deep; the paths along a crafted chain would grow to the square of the file
-_MOST_PROBLEMS = 1000
-
-
-class _BoltError(Exception):
-    """A page, or the file as a whole, can't be read."""
-
-
-def _read_bolt(data: Any, problem: Problem) -> Iterator[tuple[Any, ...]]:
-    """Yield bucket path, key and value of each entry in the file's order. A nested bucket has the value None, and its
-    entries follow. What can't be read goes to problem: path, key (b"" if unknown) and reason."""
-    file = _BoltFile(data, problem)
-    stack: list[tuple[tuple[bytes, ...], Iterator[tuple[int, bytes, int, int]]]]
-    stack = [((), file.elements((), file.root, None))]
-    while stack:
-        path, elements = stack[-1]
-        for flags, key, begin, end in elements:
-            if not flags:
-                yield path, key, memoryview(data)[begin:end]  # kept nowhere: views stop a map from closing
-                continue
-            yield path, key, None
-            if end - begin < _BUCKET.size or len(stack) == _DEEPEST:
-                problem(path, key, "the bucket is cut short or too deep")
-                continue
-            root, _ = _BUCKET.unpack_from(data, begin)
-            inline = None if root else (begin + _BUCKET.size, end)
-            stack.append(((*path, key), file.elements((*path, key), root, inline)))
-            break
-        else:
-            stack.pop()
+_TAGS = {_tag(field).casefold(): _tag(field) for field in ExecutionRecord._fields}
+_META = struct.Struct("<4I6Q")  # magic, version, page size, flags, root, sequence, freelist, end, txid, sum
+_PAGE = struct.Struct("<QHHI")  # id, flags (1 branch, 2 leaf), count, overflow
+_ELEMENT = struct.Struct("<4I")  # flags (1 bucket), pos, key size, value size
 
 
 class _BoltFile:
-    def __init__(self, data: Any, problem: Problem) -> None:
-        self.data, self.problem = data, problem
-        first = self._meta(0)
-        sizes = [first[1]] if first else [1 << n for n in range(9, 32)]
-        metas = [meta for offset in (0, *sizes) if (meta := self._meta(offset))]
+    """A file of bbolt; its problems are bucket, key (or "") and reason of what can't be read."""
+
+    def __init__(self, data: Any) -> None:
+        self.data, self.unread = data, len(data)
+        self.problems: list[tuple[str, str, str]] = []
+        metas, sizes = [], [1 << n for n in range(9, 32)]
+        for offset in (0, *sizes):
+            meta = data[offset + 16 : offset + 80].ljust(64)
+            magic, version, size, _, root, _, _, pages, txid, checksum = _META.unpack(meta)
+            fnv = 0xCBF29CE484222325
+            for byte in meta[:-8]:
+                fnv = (fnv ^ byte) * 0x100000001B3 % 2**64
+            if (magic, version, checksum) == (0xED0CDAED, 2, fnv) and size in sizes and offset in (0, size):
+                metas.append((txid, size, root, min(pages * size, len(data))))
         if not metas:
-            raise _BoltError("not a bbolt file, or both of its meta pages are damaged")
-        _, self.page_size, self.root, high_water = max(metas, key=lambda meta: meta[0])
-        self.end = min(high_water * self.page_size, len(data))
-        self.seen = bytearray(-(-self.end // self.page_size))
-        self.unclaimed = len(data)
+            raise ValueError("no bbolt file, or both of its meta pages are damaged")
+        _, self.page_size, self.root, self.end = max(metas)
+        self.seen = bytearray(self.end // self.page_size + 1)
 
-    def _meta(self, offset: int) -> tuple[int, int, int, int] | None:
-        """The txid, page size, root page and high-water mark of the meta page at offset, if it is valid."""
-        meta = self.data[offset + _PAGE.size : offset + _PAGE.size + _META.size]
-        if len(meta) < _META.size:
-            return None
-        magic, version, size, _, root, _, _, high_water, txid, checksum = _META.unpack(meta)
-        fnv = 0xCBF29CE484222325
-        for byte in meta[:-8]:
-            fnv = (fnv ^ byte) * 0x100000001B3 % 2**64
-        valid = (magic, version, checksum) == (0xED0CDAED, 2, fnv) and size >= 512 and size & (size - 1) == 0
-        return (txid, size, root, high_water) if valid and offset in (0, size) else None
+    def problem(self, path: tuple[bytes, ...], key: bytes, reason: str) -> None:
+        if len(self.problems) < 1000:
+            self.problems.append((_str(b"/".join(path)), _str(key), reason))
 
-    def _claim(self, size: int) -> None:
-        # No byte of a sound file belongs to two elements. That all that is read, wherever it claims to lie,
-        # is no more than the file bounds the work and the output.
-        self.unclaimed -= size
-        if self.unclaimed < 0:
-            raise _BoltError("has more in it than the file")
-
-    def elements(self, path: tuple[bytes, ...], root: int, inline: tuple[int, int] | None) -> Iterator[tuple[int, bytes, int, int]]:
-        """The elements of the bucket with that root page, or with root 0 and an inline page."""
-        pages = [root]
-        while pages:
-            number = pages.pop()
-            try:
-                flags, table, end = self._page(path, number, inline)
-                if flags == _LEAF:
-                    yield from self._leaf(path, table, end)
-                else:
-                    pages += [_BRANCH_ELEMENT.unpack_from(self.data, at)[2] for at in reversed(table)]
-            except _BoltError as error:
-                if self.unclaimed == len(self.data):
-                    raise _BoltError(f"its root page {error}") from None
-                self.problem(path, b"", f"page {number} {error}")
-
-    def _page(self, path: tuple[bytes, ...], number: int, inline: tuple[int, int] | None) -> tuple[int, range, int]:
-        """The flags of a page, the offsets of its elements and where it ends."""
-        begin, end = inline or (number * self.page_size, self.end)
-        table = begin + _PAGE.size
-        if table > end:
-            raise _BoltError("lies outside the file")
-        found, flags, count, overflow = _PAGE.unpack_from(self.data, begin)
-        if found != number or flags not in (_BRANCH, _LEAF) or (inline and flags == _BRANCH):
-            raise _BoltError("is damaged")
-        if not inline:
-            if self.seen[number]:
-                raise _BoltError("is referred to twice")
-            self.seen[number] = True
-            end = min(end, begin + (1 + overflow) * self.page_size)
-        fitting = min(count, (end - table) // 16)
-        self._claim(_PAGE.size + 16 * fitting)
-        # The first element's pos is the table's length, so it tells the count a second time (an empty page
-        # has zeros there).
-        first = table + 4 * (flags == _LEAF)
-        pos = int.from_bytes(self.data[first : min(first + 4, end)], "little")
-        if fitting < count or pos != 16 * count:
-            self.problem(path, b"", f"page {number} may have lost entries: their number is damaged")
-        return flags, range(table, table + 16 * fitting, 16), end
-
-    def _leaf(self, path: tuple[bytes, ...], table: range, page_end: int) -> Iterator[tuple[int, bytes, int, int]]:
-        unpack = _LEAF_ELEMENT.unpack_from
-        for at in table:
-            flags, pos, key_size, value_size = unpack(self.data, at)
-            begin = at + pos
-            middle = begin + key_size
-            end = middle + value_size
-            # bbolt lays them end to end, so the next one's pos tells the sizes a second time.
-            expected = at + 16 + unpack(self.data, at + 16)[1] if at != table[-1] else end
-            sound = flags in (0, 1) and table.stop <= begin and end == expected and end <= page_end
-            key = self.data[begin:middle] if table.stop <= begin and middle <= page_end else b""
-            self._claim(len(key) + (value_size if sound and not flags else 0))
-            if sound:
-                yield flags, key, middle, end
-            else:
+    def entries(self, path: tuple[bytes, ...], page: int, begin: int = 0, end: int = 0, deep: int = 0) -> Any:
+        """Yield bucket path, key and value of all below a page (0: inline, from begin to end), in order; of a
+        bucket None, before what is in it."""
+        data = self.data
+        if page:
+            begin, end = page * self.page_size, self.end
+        table = begin + 16
+        found, flags, count, overflow = _PAGE.unpack(data[begin:table] if table <= end else bytes(16))
+        if found != page or flags not in (2, 1 if page else 2) or self.seen[page] or deep > 100:
+            if not deep:
+                raise ValueError("its root page is damaged")
+            return self.problem(path, b"", f"page {page} is damaged, too deep or referred to twice")
+        self.seen[page] = page > 0
+        end = min(end, begin + (1 + overflow) * self.page_size)
+        body = table + 16 * count
+        # the first pos, or 0 on an empty page, tells the count again
+        told = int.from_bytes(data[table : min(table + 8, end)][4 * flags - 4 : 4 * flags], "little")
+        if told != 16 * count or body > end:
+            self.problem(path, b"", f"page {page} may have more entries: its count is wrong")
+        self.unread -= min(body, end) - begin
+        for at in range(table, min(body, end - 15), 16):
+            if self.unread < 0:  # crafted, with bytes read twice
+                raise ValueError("it holds more than the file")
+            if flags == 1:
+                yield from self.entries(path, int.from_bytes(data[at + 8 : at + 16], "little"), deep=deep + 1)
+                continue
+            kind, pos, key_size, size = _ELEMENT.unpack_from(data, at)
+            start = at + pos
+            middle = start + key_size
+            stop = middle + size
+            key = data[start:middle] if body <= start and middle <= end else b""
+            # they lie end to end: the next pos tells the sizes again
+            sound = key and kind < 2 and stop <= end and (
+                at + 16 == body or stop == at + 16 + _ELEMENT.unpack_from(data, at + 16)[1])
+            self.unread -= len(key) + (size if sound and not kind else 0)
+            if not sound:
                 self.problem(path, key, "the entry is damaged")
+            elif kind:
+                yield path, key, None
+                child = int.from_bytes(data[middle : middle + 8], "little")
+                yield from self.entries((*path, key), child, middle + 16, stop, deep + 1)
+            else:
+                yield path, key, memoryview(data)[middle:stop]  # kept nowhere, or the map stays open
 
 
 # ---- the command line --------------------------------------------------------------------------------------
 
-_MARKS = {RunStatus.COMPLETED: "\033[32m✓\033[0m", RunStatus.FAILED: "\033[31m✗\033[0m", RunStatus.RUNNING: "\033[33m●\033[0m"}
+_COMMANDS = """\
+set KEY [VALUE] [--global] - set a variable of the scope; without VALUE, or with -, from standard input
+get KEY [--global] - print a variable of the scope, or else of root
+list [--global] - print all variables of both
+remove KEY [--global] - remove a variable of the scope
+clear [--global] [--all] - empty the scope, or destroy the whole store
+history [REF] [-n N] - show the newest N runs (20; 0: all) of a ref, or of all refs
+background [ID] - show the background runs, or one
+run REF -- COMMAND ... - run a command in a scope of its own, and record it
+import FILE - bring over a file of the original
+migrate - move legacy tables under the process scope
+prune [--keep N] [--before AGE] - keep N runs per ref, and none from before 30d, 12h, or a date
+backup FILE - copy the store to a new file
+check - verify the store, and say what is in it
+path - print where the store is"""
 
 
-class _Commands:
-    """A command is a method, its docstring its help. It returns what it says: as a JSON document, and as text."""
+def _parse(argv: list[str]) -> Any:
+    import argparse  # a third of a start
 
-    def __init__(self, options: Any) -> None:
-        self.options = options
-        self.store = _ExistingStore(options.store)
-        self.path = self.store.path
-        self.status: int | None = None
-
-    def set_(self) -> tuple[Any, str]:
-        """set a variable in the current scope; without VALUE, or with -, from standard input"""
-        value = self.options.value
-        if value in (None, "-"):
-            value = _str(sys.stdin.buffer.read().removesuffix(b"\n")) if sys.stdin else ""
-        self.store.set_process_var(self.options.bucket, self.options.key, value)
-        return {}, ""
-
-    def get_(self) -> tuple[Any, str]:
-        """print a variable of the current scope, or else of the root scope"""
-        value = self.store.get_process_var(self.options.bucket, self.options.key)
-        return value, value + "\n"
-
-    def list_(self) -> tuple[Any, str]:
-        """print all variables of both scopes"""
-        variables = self.store.get_all_process_vars(self.options.bucket)
-        return variables, _table(["KEY", "VALUE"], [*variables.items()])
-
-    def remove_(self) -> tuple[Any, str]:
-        """remove a variable from the current scope"""
-        if os.path.lexists(self.path):
-            self.store.delete_process_var(self.options.bucket, self.options.key)
-        return {}, ""
-
-    def clear_(self) -> tuple[Any, str]:
-        """empty the current scope, or destroy the whole store"""
-        if self.options.all:
-            destroy_store(self.path)
-        elif os.path.lexists(self.path):
-            self.store.delete_process_bucket(self.options.bucket)
-        return {}, ""
-
-    def _reconciled(self, records: Sequence[Record]) -> list[Record]:
-        """Records as they are once the store is reconciled, also where that can't be saved."""
-        rows = self.store._gone() if any(record.status == RunStatus.RUNNING for record in records) else []
-        gone = {(_str(ref), _str(id), pid) for _, ref, id, pid, _ in rows}
-        try:
-            self.store.reconcile()
-        except StoreError:
-            pass
-        return [record._replace(status=RunStatus.FAILED, error=_GONE)
-                if record.status == RunStatus.RUNNING and (record.ref, record.id, record.pid) in gone else record
-                for record in records]
-
-    def history_(self) -> tuple[Any, str]:
-        """show the newest runs of a ref, or of all refs, newest first"""
-        count = max(self.options.count, 0)
-        if self.options.ref is None:  # the newest of all are runs of the refs that ran last
-            refs = self.store._fetch(_NEWEST_REFS, (count or -1,), _str)
-        histories = self.store.get_execution_histories(refs if self.options.ref is None else [self.options.ref], count)
-        records = [record for history in histories.values() for record in reversed(history)]
-        records.sort(key=lambda record: record.started_at, reverse=True)
-        shown = self._reconciled(records[: count or None])
-        return [record.to_dict() for record in shown], _history_text(shown)
-
-    def background_(self) -> tuple[Any, str]:
-        """show the background runs, or one"""
-        one = self.options.id is not None
-        found = [self.store.get_background_run(self.options.id)] if one else self.store.list_background_runs()
-        runs = self._reconciled(found)
-        documents = [run.to_dict() for run in runs]
-        return documents[0] if one else documents, _table(["ID", "PID", "REF", "STATUS", "STARTED", "ERROR"], [
-            [run.id, str(run.pid), run.ref, run.status, _shown_time(run.started_at), run.error] for run in runs])
-
-    def run_(self) -> tuple[Any, str]:
-        """run a command in a scope of its own, and record it"""
-        import shlex
-
-        try:
-            with self.store.execution(self.options.ref, command=shlex.join(self.options.words)) as run:
-                run.exit_code, run.error = _call(self.options.words, run.env)
-                self.status = run.exit_code
-        except StoreError as error:
-            _complain(f"this run is not recorded: {error}")
-            if self.status is None:
-                self.status, _ = _call(self.options.words, None)
-        return {}, ""
-
-    def import_(self) -> tuple[Any, str]:
-        """bring over a file of the original"""
-        found = import_bolt(self.options.file, self.path)
-        self.status = 1 if found.problems else 0
-        problems = [dict(zip(("bucket", "key", "reason"), problem, strict=True)) for problem in found.problems]
-        text = "".join(f"{name} {count}\n" for name, count in found._asdict().items() if name != "problems")
-        text += "".join("not read: " + "  ".join(map(_escaped, problem)) + "\n" for problem in found.problems)
-        return {**found._asdict(), "problems": problems}, text
-
-    def migrate_(self) -> tuple[Any, str]:
-        """move legacy tables under the process scope"""
-        moved = migrate_process_buckets(self.path)
-        return moved, "".join(_escaped(name) + "\n" for name in moved)
-
-    def prune_(self) -> tuple[Any, str]:
-        """delete old runs"""
-        found = (self.store.prune(self.options.keep, self.options.before) if os.path.lexists(self.path) else PruneSummary())
-        return found._asdict(), f"history {found.history}\nbackground {found.background}\n"
-
-    def backup_(self) -> tuple[Any, str]:
-        """copy the store to a new file"""
-        self.store.backup(self.options.file)
-        return {"path": os.path.abspath(self.options.file)}, ""
-
-    def check_(self) -> tuple[Any, str]:
-        """verify the store, and say what is in it"""
-        def work(sql: SQL) -> dict[str, Any]:
-            def ask(query: str) -> Any:
-                return sql.execute(query).fetchone()[0]
-
-            if (found := ask("PRAGMA quick_check")) != "ok":
-                raise sqlite3.DatabaseError(found)
-            page = ask("PRAGMA page_size")
-            return {"path": self.path, "size": page * ask("PRAGMA page_count"), "free": page * ask("PRAGMA freelist_count"),
-                    "schema": ask("PRAGMA user_version"), "sqlite": sqlite3.sqlite_version,
-                    **{table: ask(f"SELECT count(*) FROM {table}") for table in _TABLES}}
-
-        if not os.path.lexists(self.path):
-            raise StoreError(f"{self.path}: there is no store here yet: `flowstore set` makes one", self.path)
-        found = self.store._read(work)
-        return found, "".join(f"{name:15} {value}\n" for name, value in found.items()) + "no damage found\n"
-
-    def path_(self) -> tuple[Any, str]:
-        """print where the store is"""
-        return {"path": self.path}, self.path + "\n"
+    end = argv.index("--") if "--" in argv else len(argv)
+    words = iter(argv[:end])  # --store takes the word behind it
+    name = next((word for word in words
+                 if word[:1] != "-" or (word == "--store" and next(words, None) is None)), "")
+    usage = next((line for line in _COMMANDS.splitlines() if line.split()[0] == name),
+                 f"COMMAND\n\n{_COMMANDS}")
+    usage = f"flowstore [--store PATH] [--json] [--version] {usage}"
+    parser = argparse.ArgumentParser(
+        "flowstore", usage, allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100))  # else it imports shutil
+    parser.add_argument("--version", action="version", version=f"flowstore {__version__}")
+    kinds = {"--store": str, "-n": int, "--keep": int, "--before": _age_or_date}
+    for flag in ("--json", "--global", "--all", *kinds):
+        if f"[{flag}" in usage:
+            kind = {"type": kinds[flag]} if flag in kinds else {"action": "store_true"}
+            parser.add_argument(flag, **kind)
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    options = parser.parse_intermixed_args(argv[:end])
+    options.error, options.command = parser.error, argv[end + 1 :]
+    options.words += [] if name == "run" else options.command
+    if name not in ("import", "backup"):  # as UTF-8, in whatever encoding the terminal is
+        options.words = [_str(os.fsencode(word)) for word in options.words]
+    return options
 
 
-def _call(command: list[str], env: dict[str, str] | None) -> tuple[int, str]:
-    """Run a command to its end, passing signals on; its exit status as a shell gives it, and what went wrong."""
-    import signal
-    import subprocess
-
-    child: list[subprocess.Popen[bytes]] = []
-    early: list[int] = []  # before there is a child
-
-    def forward(number: int, _: object) -> None:
-        if number not in (signal.SIGINT, getattr(signal, "SIGQUIT", 0)) or not _in_foreground():
-            for process in child:  # in the foreground the terminal has sent it to the child too
-                process.send_signal(number)
-            early.extend([] if child else [number])
-
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    handlers = {number: signal.signal(number, forward) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
-    try:
-        child.append(subprocess.Popen(command, env=env))
-        for number in early:
-            child[0].send_signal(number)
-        status = child[0].wait()
-    except OSError as error:
-        return 127 if isinstance(error, FileNotFoundError) else 126, f"{command[0]}: {error.strerror}"
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return (128 - status, f"killed by signal {-status}") if status < 0 else (status, f"exit status {status}" * bool(status))
-
-
-def _in_foreground() -> bool:
-    try:
-        with open("/dev/tty", "rb") as terminal:
-            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
-    except (OSError, AttributeError):
-        return False
-
-
-def _complain(text: str) -> None:
-    if sys.stderr is not None:
-        print(f"flowstore: {_escaped(text)}", file=sys.stderr)
-
-
-def _on_terminal() -> bool:
-    return sys.stdout is not None and sys.stdout.isatty()
-
-
-def _escaped(text: str) -> str:
-    """Text that can't move the cursor or break a line."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-
-
-def _table(header: list[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows for a reader: with a header and aligned on a terminal; else plain and separated by tabs, for a program."""
-    rows = [[_escaped(cell) for cell in row] for row in rows]
-    if not _on_terminal():
-        return "".join("\t".join(row) + "\n" for row in rows)
-    rows = [[cell if len(cell) <= 60 else cell[:59] + "…" for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "".join("  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in rows)
-
-
-def _history_text(records: Sequence[ExecutionRecord]) -> str:
-    rows: list[list[str]] = []
-    spans: dict[str, list[float]] = {}
-    for record in records:
-        status = record.status or (RunStatus.FAILED if record.exit_code else RunStatus.COMPLETED)
-        seconds = record.duration.total_seconds()
-        took = f"{seconds:.6f}"
-        if _on_terminal():
-            took = f"{seconds:.1f}s" if abs(seconds) < 60 else str(timedelta(seconds=round(seconds)))
-        rows.append([status, _shown_time(record.started_at), record.ref, took, str(record.exit_code), record.id,
-                     record.error or record.label or record.command])
-        if status != RunStatus.RUNNING:
-            spans.setdefault(_escaped(record.ref), []).insert(0, seconds)
-    if not _on_terminal():
-        return _table([], rows)
-    marks = {status: mark if not os.environ.get("NO_COLOR") else mark[5] for status, mark in _MARKS.items()}
-    lines = _table(["STARTED", "REF", "TOOK", "EXIT", "NOTE"], [row[1:5] + row[6:] for row in rows]).splitlines()
-    text = "".join(f"{mark} {line}\n" for mark, line in zip([" ", *(marks.get(row[0], "·") for row in rows)], lines, strict=True))
-    charts = [f"{ref}  {_sparkline(values)}\n" for ref, values in spans.items() if len(values) > 1]
-    return text + "\n" * bool(charts) + "".join(charts)
-
-
-def _sparkline(values: list[float]) -> str:
-    top = max(*values, 1e-6)
-    return "".join("▁▂▃▄▅▆▇█"[max(0, min(7, int(value / top * 8)))] for value in values)
-
-
-def _shown_time(moment: datetime) -> str:
-    """A time in the user's zone on a terminal, else in RFC 3339."""
-    if not _on_terminal():
-        return _instant("time", moment)[:26] + "Z"
-    try:
-        moment = moment.astimezone()
-    except (OverflowError, OSError, ValueError):  # near the ends of time
-        pass
-    return moment.isoformat(" ", "seconds")[:19]
-
-
-def _before(text: str) -> datetime:
-    """The time of --before: an age such as 30d, or a date."""
+def _age_or_date(text: str) -> datetime:
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
     if text[-1:] in units and text[:-1].isdecimal():
         return datetime.now(timezone.utc) - timedelta(seconds=int(text[:-1]) * units[text[-1]])
     return datetime.fromisoformat(text).astimezone(timezone.utc)
 
 
-_GLOBAL = "--global", {"dest": "bucket", "action": "store_const", "const": ROOT_BUCKET, "help": "the root scope alone"}
-_ARGUMENTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "set": [("key", {}), ("value", {"nargs": "?"}), _GLOBAL],
-    "get": [("key", {}), _GLOBAL],
-    "list": [_GLOBAL],
-    "remove": [("key", {}), _GLOBAL],
-    "clear": [("--all", {"action": "store_true", "help": "destroy the store"}), _GLOBAL],
-    "history": [("ref", {"nargs": "?"}),
-                ("-n", {"dest": "count", "type": int, "default": 20, "metavar": "N", "help": "how many; 0: all"})],
-    "background": [("id", {"nargs": "?"})],
-    "run": [("ref", {})],
-    "import": [("file", {})],
-    "migrate": [],
-    "prune": [("--keep", {"type": int, "metavar": "N", "help": "how many of each ref stay"}),
-              ("--before", {"type": _before, "metavar": "AGE", "help": "delete older ones: 30d, 12h, or a date"})],
-    "backup": [("file", {})],
-    "check": [],
-    "path": [],
-}
-
-
-def _parse(argv: list[str]) -> Any:
-    import argparse  # a third of a start
-
-    words = iter(argv)  # --store takes the word behind it
-    wanted = next((word for word in words if word[:1] != "-" or (word == "--store" and not next(words, ""))), None)
-    rest: list[str] = []
-    if wanted == "run" and "--" in argv:
-        rest, argv = argv[argv.index("--") + 1 :], argv[: argv.index("--")]
-
-    def add_parser(add: Callable[..., Any], name: str, help: Any, default: Any) -> Any:
-        parser = add(name, description=help, allow_abbrev=False,
-                     formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100))  # else shutil is asked
-        parser.add_argument("--store", metavar="PATH", default=default, help="the store's file")
-        parser.add_argument("--json", action="store_true", default=default, help="print one JSON document")
-        return parser
-
-    parser = add_parser(argparse.ArgumentParser, "flowstore", "The local state store of a task runner.", None)
-    parser.add_argument("--version", action="version", version=f"flowstore {__version__}")
-    commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
-    for name in [wanted] if wanted in _ARGUMENTS else _ARGUMENTS:  # all only where all are to be named
-        help = getattr(_Commands, f"{name}_").__doc__
-        command = add_parser(partial(commands.add_parser, help=help), str(name), help, argparse.SUPPRESS)
-        for flag, settings in _ARGUMENTS[str(name)]:
-            command.add_argument(flag, **({} if flag[0] == "-" else {"metavar": flag.upper()}), **settings)
-        if name == "run":
-            command.usage = "flowstore run [-h] [--store PATH] REF -- COMMAND ..."
-    options = parser.parse_args(argv)
-    options.words = rest
-    if options.name == "run" and not rest:
-        parser.error("run takes a command behind --")
-    if getattr(options, "bucket", "") is None:
-        options.bucket = environment_bucket()
-    for name in ("key", "value", "ref", "id"):  # as UTF-8, in whatever encoding the terminal is
-        if getattr(options, name, None) is not None:
-            setattr(options, name, _str(os.fsencode(getattr(options, name))))
-    return options
-
-
-def _command_line(argv: list[str]) -> int:
-    options = _parse(argv)
-    commands = _Commands(options)
-    original = os.path.join(os.path.dirname(commands.path), "store.db")
-    if not (options.store or os.environ.get("FLOWSTORE_PATH") or os.path.lexists(commands.path)) and os.path.exists(original):
+def _store(options: Any) -> SQLiteDataStore:
+    store = _ExistingStore(options.store)
+    named = options.store or os.environ.get("FLOWSTORE_PATH")
+    original = os.path.join(os.path.dirname(store.path), "store.db")
+    if not named and os.path.exists(original) and not os.path.lexists(store.path):
         _complain(f"the original's store is here too, bring it over with `flowstore import {original}`")
-    document, text = getattr(commands, f"{options.name}_")()
-    if options.json and options.name != "run":
-        import json
+    return store
 
-        text = json.dumps(document) + "\n"
-    if sys.stdout is not None:
-        sys.stdout.buffer.write(_utf8(text))
-        sys.stdout.buffer.flush()
-    return commands.status or 0
+
+def _answer(options: Any) -> Any:
+    """Do a command, and return what it says: a document, with a text where it isn't _plain()."""
+    store = _store(options)
+    bucket = ROOT_BUCKET if vars(options).get("global") else _str(os.fsencode(environment_bucket()))
+    match options.words:
+        case ["set", key] | ["set", key, "-"]:
+            value = sys.stdin.buffer.read().removesuffix(b"\n") if sys.stdin else b""
+            store.set_process_var(bucket, key, _str(value))
+        case ["set", key, value]:
+            store.set_process_var(bucket, key, value)
+        case ["get", key]:
+            return store.get_process_var(bucket, key)
+        case ["list"]:
+            variables = store.get_all_process_vars(bucket)
+            return variables, _table("KEY VALUE", [*variables.items()])
+        case ["clear"] if options.all:
+            destroy_store(store.path)
+        case ["remove", _] | ["clear"] if not os.path.lexists(store.path):
+            pass
+        case ["remove", key]:
+            store.delete_process_var(bucket, key)
+        case ["clear"]:
+            store.delete_process_bucket(bucket)
+        case ["history", *ref] if len(ref) < 2:
+            return _history(store, ref, 20 if options.n is None else max(options.n, 0))
+        case ["background", *id] if len(id) < 2:
+            runs = _reconciled(store, "background", lambda: (
+                [store.get_background_run(*id)] if id else store.list_background_runs()))
+            documents = [run.to_dict() for run in runs]
+            return documents[0] if id else documents, _table("STATUS STARTED REF ID PID ERROR", [
+                [run.status, _shown_time(run.started_at), run.ref, run.id, str(run.pid), run.error]
+                for run in runs])
+        case ["import", file]:
+            found, keys = import_bolt(file, store.path), ("bucket", "key", "reason")
+            problems = [dict(zip(keys, problem, strict=True)) for problem in found.problems]
+            return {**found._asdict(), "problems": problems}
+        case ["migrate"]:
+            return migrate_process_buckets(store.path)
+        case ["prune"]:
+            exists = os.path.lexists(store.path)
+            return (store.prune(options.keep, options.before) if exists else PruneSummary())._asdict()
+        case ["backup", file]:
+            store.backup(file)
+        case ["check"]:
+            return _verified(store)
+        case ["path"]:
+            return store.path
+        case _:
+            options.error("these are not the arguments of a command")
+    return {}
+
+
+def _reconciled(store: SQLiteDataStore, table: str, read: Callable[[], list[Record]]) -> list[Record]:
+    """What read() returns once the store is reconciled, also where that can't be saved."""
+    gone = {(_str(ref), _str(id), pid, _time(_str(start)))
+            for kind, ref, id, pid, start in store._gone() if kind == table}
+    try:
+        store.reconcile()
+    except StoreError:
+        pass
+    return [run._replace(status=RunStatus.FAILED, error=_GONE) if run.status == RunStatus.RUNNING
+            and (run.ref, run.id, run.pid, run.started_at) in gone else run for run in read()]
+
+
+def _history(store: SQLiteDataStore, ref: list[str], limit: int) -> tuple[Any, str]:
+    def read() -> list[ExecutionRecord]:
+        # the newest of all are runs of the refs that ran last
+        refs = ref or store._fetch(_NEWEST_REFS, (limit or -1,), _str)
+        histories = store.get_execution_histories(refs, limit).values()
+        records = [record for history in histories for record in reversed(history)]
+        return sorted(records, key=lambda record: record.started_at, reverse=True)[: limit or None]
+
+    marks = {RunStatus.COMPLETED: ("✓", 32), RunStatus.FAILED: ("✗", 31), RunStatus.RUNNING: ("●", 33)}
+    rows: list[list[str]] = []
+    spans: dict[str, list[float]] = {}
+    for record in (records := _reconciled(store, "history", read)):
+        status = record.status or (RunStatus.FAILED if record.exit_code else RunStatus.COMPLETED)
+        seconds = record.duration.total_seconds()
+        rows.append([marks.get(status, (status,))[0] if os.isatty(1) else status,
+                     _shown_time(record.started_at), record.ref, f"{seconds:.3f}", str(record.exit_code),
+                     record.error or record.label or record.command])
+        if status != RunStatus.RUNNING:
+            spans.setdefault(_escaped(record.ref), []).append(seconds)
+    text = _table(" STARTED REF SECONDS EXIT NOTE", rows)
+    if os.isatty(1):
+        for mark, colour in () if os.environ.get("NO_COLOR") else marks.values():
+            text = text.replace(f"\n{mark}", f"\n\033[{colour}m{mark}\033[0m")
+        for name, values in spans.items():
+            top = max(*values, 1e-6)
+            bars = ["▁▂▃▄▅▆▇█"[max(0, min(7, int(value / top * 8)))] for value in reversed(values)]
+            text += f"{name}  {''.join(bars)}\n" * (len(bars) > 1)
+    return [record.to_dict() for record in records], text
+
+
+def _verified(store: SQLiteDataStore) -> dict[str, Any]:
+    if not os.path.lexists(store.path):
+        raise StoreError(f"{store.path}: there is no store here yet: `flowstore set` makes one", store.path)
+    names = ("check", "size", "free", "schema", "sqlite", *_TABLES)
+    counts = ", ".join(f"(SELECT count(*) FROM {table})" for table in _TABLES)
+    [row, *_] = store._fetch(f"""
+        SELECT quick_check, page_count * page_size, freelist_count * page_size, user_version,
+            sqlite_version(), {counts}
+        FROM pragma_quick_check, pragma_page_size, pragma_page_count, pragma_freelist_count,
+            pragma_user_version""",
+        (), lambda *row: row)
+    if row[0] != "ok":
+        raise CorruptStoreError(f"{store.path}: {row[0]}: restore a backup, or move it away", store.path)
+    return dict(zip(("path", *names), (store.path, *row), strict=True))
+
+
+def _run(options: Any, ref: str) -> int:
+    import shlex
+
+    status = None
+    try:
+        with _store(options).execution(ref, command=_str(os.fsencode(shlex.join(options.command)))) as run:
+            status, run.error = _call(options.command, run.env)
+            run.exit_code = status
+    except StoreError as error:
+        _complain(f"this run is not recorded: {error}")
+    return _call(options.command, None)[0] if status is None else status
+
+
+def _call(command: list[str], env: dict[str, str] | None) -> tuple[int, str]:
+    """Run a command; its exit status as a shell gives it, and what went wrong. Signals are passed on to it,
+    also after its end: none may end this process before that is recorded."""
+    import contextlib
+    import signal
+    import subprocess
+
+    try:
+        child = subprocess.Popen(command, env=env, close_fds=False)
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        reason = f"command {'not found' if missing else 'can not be executed'}: {command[0]}"
+        _complain(reason)
+        return 127 if missing else 126, reason
+
+    def forward(number: int, _: object) -> None:
+        with contextlib.suppress(OSError), open("/dev/tty", "rb") as terminal:
+            if number in (2, 3) and os.tcgetpgrp(terminal.fileno()) == os.getpgrp():
+                return  # the terminal has sent it to the child too
+        with contextlib.suppress(OSError, ValueError):  # it may have become another user's
+            child.send_signal(number)
+
+    for name in ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, forward)
+    status = child.wait()
+    if status < 0:
+        return 128 - status, f"killed by signal {-status}"
+    return status, f"exit status {status}" if status else ""
+
+
+def _complain(text: str) -> None:
+    try:
+        if sys.stderr is not None:
+            os.write(2, _utf8(f"flowstore: {_escaped(text)}\n"))  # unbuffered: the exit has nothing to flush
+    except OSError:
+        pass
+
+
+def _escaped(text: str) -> str:
+    """Text that can't move the cursor or break a line."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def _table(header: str, rows: Sequence[Sequence[str]]) -> str:
+    """Rows with a header and aligned on a terminal, else separated by tabs."""
+    rows = [[_escaped(cell) for cell in row] for row in rows]
+    if not os.isatty(1):
+        return "".join("\t".join(row) + "\n" for row in rows)
+    rows = [header.split(" "), *rows]
+    rows = [[cell if len(cell) <= 60 else cell[:59] + "…" for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "".join("  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in rows)
+
+
+def _plain(document: Any) -> str:
+    """A value as it is; names, or names with their values, a line each."""
+    if isinstance(document, str):
+        return document + "\n"
+    lines = document if isinstance(document, list) else [
+        f"{name} {value}" for name, values in document.items()
+        for value in ([" ".join(each.values()) for each in values] if isinstance(values, list) else [values])]
+    return "".join(_escaped(line) + "\n" for line in lines)
+
+
+def _shown_time(moment: datetime) -> str:
+    """A time in the user's zone on a terminal, else in RFC 3339."""
+    if not os.isatty(1):
+        return _instant("time", moment)
+    local = moment.astimezone() if 1970 < moment.year < 9999 else moment  # beyond, not every system can
+    return local.isoformat(" ", "seconds")[:19]
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """The command line. Ends by SystemExit: 0 done, 1 not found or failed, 2 wrong usage; run: the command's own."""
+    """The command line. Ends by SystemExit: 0 done, 1 not found or failed, 2 wrong usage; run: the command's
+    own."""
     try:
-        status = _command_line([*(sys.argv[1:] if argv is None else argv)])
+        try:
+            options = _parse([*(sys.argv[1:] if argv is None else argv)])
+        except SystemExit:  # of argparse, which has printed something
+            sys.stdout.flush()
+            raise
+        match options.words:
+            case ["run", ref] if options.command:
+                sys.exit(_run(options, ref))
+        found = _answer(options)
+        document, text = found if isinstance(found, tuple) else (found, _plain(found))
+        if options.json:
+            import json
+
+            text = json.dumps(document) + "\n"
+        if sys.stdout is not None:
+            with open(1, "wb", closefd=False) as stream:
+                stream.write(_utf8(text))
+        status = 1 if options.words[0] == "import" and document["problems"] else 0
     except KeyboardInterrupt:
         status = 130
-    except BrokenPipeError:  # the reader has seen enough; what is left goes nowhere, also at the exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    except (StoreError, OSError, ValueError) as error:
-        _complain(str(error))
-        status = 2 if isinstance(error, ValueError) else 1
+    except (StoreError, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, OSError) and sys.stdout is not None:  # nothing is tried again at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if not isinstance(error, BrokenPipeError):  # the reader has seen enough
+            _complain(str(error))
+        status = 1 if isinstance(error, (StoreError, OSError)) else 2
     sys.exit(status)
 
 
