@@ -8,10 +8,8 @@ scoped to a running process with fallback to a root scope, for many short-lived 
     with store.execution("build app") as run:
         run.exit_code = subprocess.call(["make"], env=run.env)
 
-A Python implementation of the Go package `store` of *flow*, on SQLite in WAL mode instead of bbolt. An
-acknowledged write is on the disk, nobody waits longer than the timeout, and what goes wrong is a StoreError
-that names the file. From top to bottom: constants and errors; records; where things are; the interface; the
-schema; connections; the store; the end of a store, and moving old data; runs; the command line.
+The Go package `store` of *flow* in Python, on SQLite in WAL mode instead of bbolt. An acknowledged write is
+on the disk, nobody waits longer than the timeout, and what goes wrong is a StoreError that names the file.
 
 Copyright (c) 2026 The flowstore authors. Licence: MIT. SPDX-License-Identifier: MIT
 """
@@ -68,27 +66,19 @@ ROOT_BUCKET = "root"
 RUN_SOURCE_ENV = "FLOW_RUN_SOURCE"
 RUN_CLIENT_ENV = "FLOW_RUN_CLIENT"
 RUN_SESSION_ENV = "FLOW_RUN_SESSION"
-RUN_SOURCE_CLI = "cli"
-RUN_SOURCE_DESKTOP = "desktop"
-RUN_SOURCE_MCP = "mcp"
+RUN_SOURCE_CLI, RUN_SOURCE_DESKTOP, RUN_SOURCE_MCP = "cli", "desktop", "mcp"
 
 
 class RunStatus:
-    """The usual values of ExecutionRecord.status; any other string is stored and returned as it is."""
-
-    RUNNING = "running"
-    COMPLETED = "completed"
-    FAILED = "failed"
+    """The usual values of ExecutionRecord.status; any other string is kept as it is."""
+    RUNNING, COMPLETED, FAILED = "running", "completed", "failed"
 
 
 class BackgroundRunStatus(RunStatus):
     """The usual values of BackgroundRun.status, likewise."""
 
-
 class StoreError(Exception):
-    """The base of all that a store raises for the world's faults. The message says what to do; `path` is the
-    file."""
-
+    """The base of all that a store raises for the world's faults; `path` is the file."""
     def __init__(self, message: str, path: str = "") -> None:
         super().__init__(message)
         self.path = path
@@ -97,26 +87,24 @@ class StoreError(Exception):
         return type(self), (str(self), self.path)
 
 
+def _error(kind: type[StoreError], path: str, reason: str) -> StoreError:
+    return kind(f"{path}: {reason}", path)
+
+
 class NotFoundError(StoreError, LookupError):
     """There is no variable or background run of that name."""
 
-
 class StoreBusyError(StoreError, TimeoutError):
-    """Another process kept the lock for longer than the timeout. (Through TimeoutError an OSError too.)"""
-
+    """Another process kept the lock for longer than the timeout. (An OSError too.)"""
 
 class CorruptStoreError(StoreError):
     """The file is damaged, or is no store at all."""
 
-
 # ---- records -----------------------------------------------------------------------------------------------
 
-
 class ExecutionRecord(NamedTuple):
-    """One run of a ref. Times are aware, and returned in UTC. Checked where it is stored: ValueError for a
-    naive time, an instant outside the years 1 to 9999 in UTC, an integer outside int64 (a duration's:
-    nanoseconds), an empty ref; TypeError for a field of another type."""
-
+    """One run of a ref. Times are aware, and returned in UTC. Checked where it is stored: ValueError for an
+    empty ref, a naive time or one outside the years 1 to 9999, an integer outside int64; else TypeError."""
     ref: str
     started_at: datetime
     duration: timedelta = timedelta(0)
@@ -136,19 +124,17 @@ class ExecutionRecord(NamedTuple):
     working_dir: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The original's JSON object: ref, startedAt, duration (in ns), exitCode, and what isn't empty."""
+        """The original's JSON object, without what is empty."""
         return _to_dict(self, ("ref", "started_at", "duration", "exit_code"))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ExecutionRecord:
-        """The record of such an object; other tags are ignored, None is empty. ValueError where ref or
-        startedAt is missing or a value out of range, TypeError for one of another type."""
+        """The record of such an object; other tags are ignored, None is empty. ValueError or TypeError."""
         return _load(cls, *_row_of_dict(cls, data))
 
 
 class BackgroundRun(NamedTuple):
     """A detached run, kept by its id; checked as an ExecutionRecord is."""
-
     id: str
     pid: int
     ref: str
@@ -159,7 +145,7 @@ class BackgroundRun(NamedTuple):
     completed_at: datetime | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The original's JSON object: id, pid, ref, startedAt, status, and what isn't empty."""
+        """The original's JSON object, without what is empty."""
         return _to_dict(self, ("id", "pid", "ref", "started_at", "status"))
 
     @classmethod
@@ -178,7 +164,7 @@ def _utf8(text: str) -> bytes:
 
 
 def _text(what: str, value: Any) -> Cell:
-    """A text as SQLite takes it: itself, or the bytes that it carries where they are no UTF-8 (PEP 383)."""
+    """A text as SQLite takes it: itself, or its bytes where they are no UTF-8 (PEP 383)."""
     if type(value) is str and value.isascii():
         return value
     _check(what, value, str)
@@ -192,7 +178,6 @@ def _text(what: str, value: Any) -> Cell:
 
 
 def _str(cell: object) -> str:
-    """The text of which _text() made a cell."""
     if isinstance(cell, bytes):
         return cell.decode("utf-8", "surrogateescape")
     if not isinstance(cell, str):
@@ -201,7 +186,6 @@ def _str(cell: object) -> str:
 
 
 def _name(what: str, value: object) -> Cell:
-    """A key, ref, bucket or id as SQLite takes it."""
     if value == "":
         raise ValueError(f"{what} must not be empty")
     return _text(what, value)
@@ -236,7 +220,7 @@ def _nanoseconds(what: str, value: Any) -> int:
 
 
 def _instant(what: str, value: Any) -> str:
-    """A time as the file has it: 30 characters of RFC 3339 in UTC with nanoseconds, which sort as time."""
+    """A time as the file has it: RFC 3339 in UTC with nanoseconds, which sorts as time."""
     _check(what, value, datetime)
     if value.utcoffset() is None:
         raise ValueError(f"{what} must be an aware datetime: this one has no time zone")
@@ -266,7 +250,6 @@ _TIMES = ("started_at", "completed_at")  # the other fields of both records are 
 
 
 def _row(cls: type[Record], record: Any, from_json: bool = False) -> list[Any]:
-    """The cells of a record, or of the values of its JSON."""
     _check("record", record, list if from_json else cls)
     cells: list[Any] = []
     for field, value in zip(cls._fields, record, strict=True):
@@ -311,9 +294,7 @@ def _to_dict(record: ExecutionRecord | BackgroundRun, always: tuple[str, ...]) -
 
 
 class _Damaged(sqlite3.DatabaseError):
-    """A cell holds what its column can't: SQLite takes any type in any column, and files come from
-    anywhere."""
-
+    """A cell holds what its column can't: SQLite takes any type in any column."""
 
 def _time(cell: str) -> datetime:
     try:
@@ -325,20 +306,13 @@ def _time(cell: str) -> datetime:
     return moment
 
 
-def _number(cell: object) -> int:
-    if type(cell) is not int:
-        raise _Damaged
-    return cell
-
-
-def _blob(cell: object) -> bytes:
-    if type(cell) is not bytes:
+def _exactly(kind: type[T], cell: object) -> T:
+    if type(cell) is not kind:
         raise _Damaged
     return cell
 
 
 def _load(cls: type[Record], *row: Any) -> Record:
-    """The record in a row."""
     cells = list(row)
     if tuple(map(type, cells)) not in _CELL_TYPES[cls]:
         cells = [_str(cell) if type(cell) is bytes else cell for cell in cells]
@@ -346,10 +320,9 @@ def _load(cls: type[Record], *row: Any) -> Record:
             raise _Damaged
     if cells[7] is not None:  # completed_at in both
         cells[7] = _time(cells[7])
-    if cls is BackgroundRun:
-        cells[3] = _time(cells[3])
-    else:
-        cells[1] = _time(cells[1])
+    start = 1 if cls is ExecutionRecord else 3
+    cells[start] = _time(cells[start])
+    if cls is ExecutionRecord:
         duration = cells[2]  # cut towards zero, so that the extremes can be stored again
         cells[2] = timedelta(0, 0, duration // 1000 if duration >= 0 else -(-duration // 1000))
     return cls._make(cells)
@@ -359,16 +332,15 @@ _CELL_TYPES: dict[type, list[tuple[type, ...]]] = {
     cls: [tuple(int if name in _NUMBERS else empty if name == "completed_at" else str for name in cls._fields)
           for empty in (str, type(None))]
     for cls in (ExecutionRecord, BackgroundRun)}
+_load_blob = partial(_exactly, bytes)
 _load_execution = partial(_load, ExecutionRecord)
 _load_background = partial(_load, BackgroundRun)
 
 
 # ---- where things are --------------------------------------------------------------------------------------
 
-
 def default_path() -> str:
-    """$FLOWSTORE_PATH, else flowstore.db in $FLOW_CACHE_DIR, else in the folder flow of the user's cache
-    folder ($XDG_CACHE_HOME or ~/.cache, ~/Library/Caches, %LocalAppData%). Absolute; nothing is made."""
+    """$FLOWSTORE_PATH, else flowstore.db in $FLOW_CACHE_DIR, else flow/flowstore.db in the user's cache."""
     if path := os.environ.get("FLOWSTORE_PATH"):
         return os.path.abspath(path)
     if folder := os.environ.get("FLOW_CACHE_DIR"):
@@ -396,27 +368,18 @@ def run_env_value(name: str) -> str:
 
 # ---- the interface -----------------------------------------------------------------------------------------
 
-
 class DataStore(abc.ABC):
-    """What every store does: the original's operations and transaction(). Each may raise StoreError.
-
-    Names (key, ref, bucket, id) are non-empty str of any length that survive UTF-8 with surrogateescape there
-    and back; others are a ValueError or TypeError before the store is touched. They are listed in the byte
-    order of their UTF-8 form. Another backend proves itself by the contract suite in test_flowstore.py.
-    """
-
+    """What every store does. Names (key, ref, bucket, id) are non-empty str that survive UTF-8 with
+    surrogateescape there and back (else ValueError or TypeError), and are listed in order of its bytes."""
     @abc.abstractmethod
     def set_cache_entry(self, key: str, value: bytes) -> None:
         """Store a bytes-like value in place of an earlier one. It never expires by itself."""
-
     @abc.abstractmethod
     def get_cache_entry(self, key: str) -> bytes | None:
         """The value of a key, or None."""
-
     @abc.abstractmethod
     def get_cache_entries(self, keys: Iterable[str]) -> dict[str, bytes]:
         """The values of any number of keys at one moment; missing ones are left out."""
-
     @abc.abstractmethod
     def delete_cache_entry(self, key: str) -> None:
         """Delete a key; a missing one is no error."""
@@ -424,24 +387,18 @@ class DataStore(abc.ABC):
     @abc.abstractmethod
     def record_execution(self, record: ExecutionRecord) -> None:
         """Add a record; one with an id replaces that of the same ref and id, and keeps its place."""
-
     @abc.abstractmethod
     def get_execution_history(self, ref: str, limit: int = 0) -> list[ExecutionRecord]:
-        """The newest `limit` records by started_at, the oldest of them first; limit <= 0: all. Equal instants
-        keep the order of insertion. The cost grows with what is returned, not with the history."""
-
+        """The newest `limit` records by started_at (equal: by insertion), oldest first; limit <= 0: all."""
     @abc.abstractmethod
     def get_execution_histories(self, refs: Iterable[str], limit: int = 0) -> Histories:
         """The same for each of these refs that has records, at one moment."""
-
     @abc.abstractmethod
     def get_all_execution_history(self, limit_per_ref: int = 0) -> Histories:
         """The same for all refs, in their order."""
-
     @abc.abstractmethod
     def list_execution_refs(self) -> list[str]:
-        """The refs that have records, in order; at a cost that grows with their number alone."""
-
+        """The refs that have records, in order."""
     @abc.abstractmethod
     def delete_execution_history(self, ref: str) -> None:
         """Delete all records of a ref; an unknown one is no error."""
@@ -449,19 +406,15 @@ class DataStore(abc.ABC):
     @abc.abstractmethod
     def save_background_run(self, run: BackgroundRun) -> None:
         """Store a run, in place of an earlier one with its id."""
-
     @abc.abstractmethod
     def get_background_run(self, id: str) -> BackgroundRun:
         """The run with this id, or NotFoundError."""
-
     @abc.abstractmethod
     def get_background_runs(self, ids: Iterable[str]) -> dict[str, BackgroundRun]:
         """The runs with these ids at one moment; missing ones are left out."""
-
     @abc.abstractmethod
     def list_background_runs(self) -> list[BackgroundRun]:
         """All runs, in the order of their ids."""
-
     @abc.abstractmethod
     def delete_background_run(self, id: str) -> None:
         """Delete a run; a missing one is no error."""
@@ -469,36 +422,29 @@ class DataStore(abc.ABC):
     @abc.abstractmethod
     def create_process_bucket(self, bucket: str) -> None:
         """Make an empty scope; an existing one stays as it is."""
-
     @abc.abstractmethod
     def delete_process_bucket(self, bucket: str) -> None:
         """Delete a scope with its variables; a missing one is no error."""
-
     @abc.abstractmethod
     def set_process_var(self, bucket: str, key: str, value: str) -> None:
         """Set a variable to a str (as a name, or empty) in a scope, made where it is missing."""
-
     @abc.abstractmethod
     def get_process_var(self, bucket: str, key: str) -> str:
         """The variable's value in the scope, else in root, else NotFoundError. "" counts as found."""
-
     @abc.abstractmethod
     def get_all_process_vars(self, bucket: str) -> dict[str, str]:
         """The variables of the scope and of root, in the order of their keys; the scope's own win."""
-
     @abc.abstractmethod
     def get_process_var_keys(self, bucket: str) -> list[str]:
         """The scope's keys in order, then in order those that only root has."""
-
     @abc.abstractmethod
     def delete_process_var(self, bucket: str, key: str) -> None:
         """Delete a variable of this scope alone; a missing one is no error."""
 
     @abc.abstractmethod
     def transaction(self) -> AbstractContextManager[DataStore]:
-        """A context manager that yields a store whose operations take effect all together or, on any
-        exception, not. RuntimeError where it is nested, or used after its end, from another thread or after a
-        fork."""
+        """Yields a store whose operations take effect together or, on any exception, not. RuntimeError where
+        it is nested, or used after its end, from another thread or after a fork."""
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
         """Here it holds nothing to close, and the store stays usable."""
@@ -509,10 +455,9 @@ class DataStore(abc.ABC):
 _APPLICATION_ID = 0x464C5753  # "FLWS"
 _VERSION = 1  # the oldest schema that can read the file; additive changes don't raise it
 
-# Each object as sqlite_master has it, less "CREATE ". Small tables have no rowid: a tree less. `cache` may
-# have large values, and the rowid of `history` is the order of insertion. history.identity, a checksum of ref
-# and id, finds a record's predecessor (an index over both would be a sixth of the file), or is the digest of
-# an imported record without id; history.process is a _process_note().
+# Each object as sqlite_master has it, less "CREATE ". The rowid of `history` is the order of insertion;
+# `identity`, a checksum of ref and id, finds a record's predecessor (an index over both would be a sixth of
+# the file), or is the digest of an imported record without id; `process` is a _process_note().
 _SCHEMA = {
     "cache": "TABLE cache (key TEXT PRIMARY KEY NOT NULL, value BLOB NOT NULL)",
     "history": """TABLE history (
@@ -534,8 +479,7 @@ _SCHEMA = {
 }
 _TABLES = [name for name, definition in _SCHEMA.items() if definition.startswith("TABLE")]
 
-# FULL is not the default of all builds; for checkpoints see checkpoint(); the limit cuts a
-# grown WAL when it starts anew; the last two are for files from elsewhere.
+# the size limit cuts a grown WAL when it starts anew; the last two are for files from elsewhere
 _SETTINGS = """
     PRAGMA synchronous = FULL; PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON;
     PRAGMA wal_autocheckpoint = 0; PRAGMA journal_size_limit = 0; PRAGMA secure_delete = ON;
@@ -551,10 +495,8 @@ _GET_CACHE = "SELECT value FROM cache WHERE key = ?"
 _DELETE_CACHE = "DELETE FROM cache WHERE key = ?"
 _RECORD = f"""
     INSERT OR REPLACE INTO history ({_EXECUTION}, identity, process, rowid)
-    VALUES ({"?, " * 19} (SELECT rowid FROM history WHERE identity = ?18 AND ref = ?1 AND id = ?7))"""
-_ADD_RECORD = f"""
-    INSERT INTO history ({_EXECUTION}, identity, process) SELECT {"?, " * 18} ?
-    WHERE NOT EXISTS (SELECT 1 FROM history WHERE identity = ?18 AND ref = ?1 AND id = ?7)"""
+    VALUES ({"?, " * 19} (SELECT rowid FROM history WHERE identity = ? AND ref = ? AND id = ?))"""
+_ADD_RECORD = _RECORD.replace("REPLACE", "IGNORE")
 _HISTORY = f"SELECT {_EXECUTION} FROM history WHERE ref = ? ORDER BY started_at DESC, rowid DESC LIMIT ?"
 _REFS = """
     WITH RECURSIVE refs (ref) AS (  -- from ref to ref through the index, not from record to record
@@ -587,17 +529,16 @@ _RUNNING = """
 _PRUNE_STEP = 500  # rows, or pages: a few milliseconds
 _PRUNE = {table: [refs, *(f"""
     DELETE FROM {table} WHERE {key} IN (
-        SELECT {key} FROM {table} WHERE ref = ?1 AND status <> 'running' {which}
+        SELECT {key} FROM {table} WHERE ref = ? AND status <> 'running' {which}
         LIMIT {_PRUNE_STEP} OFFSET {first})"""
-    for which, first in ((f"ORDER BY started_at DESC, {key} DESC", "?2"), ("AND started_at < ?2", "0")))]
+    for which, first in ((f"ORDER BY started_at DESC, {key} DESC", "?"), ("AND started_at < ?", "0")))]
     for table, key, refs in (
         ("history", "rowid", _REFS), ("background", "id", "SELECT DISTINCT ref FROM background"))}
 
 
 def _is_complete(objects: Iterable[Row]) -> bool:
     """Whether these rows of sqlite_master (type, name, tbl_name, sql) hold the whole schema. DatabaseError
-    for what isn't what its name says, or would run by itself when our tables are used: a view, another
-    layout, a trigger, an expression. Added columns, indexes and tables are welcome."""
+    for another layout and for what would run by itself: a view, trigger, expression. Additions are fine."""
     missing = set(_SCHEMA)
     for kind, name, table, text in objects:
         if own := _SCHEMA.get(_folded(name)):
@@ -623,10 +564,8 @@ _FORK_PATIENCE = 10.0  # seconds that a fork waits for the operations of other t
 
 
 class _Process:
-    """What this process has open. A fork waits for operations in flight, since no thread may be inside SQLite
-    then. Files that a session or transaction has open are lost to the child: it hasn't the locks that SQLite
-    believes in."""
-
+    """What this process has open. A fork waits for operations in flight: no thread may be inside SQLite then.
+    Files open in a session are lost to the child: it hasn't the locks that SQLite believes in."""
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
@@ -666,9 +605,7 @@ _process = _Process()
 
 
 class _Operation:
-    """Encloses each use of SQLite: a fork waits for it, and what SQLite and the system raise becomes
-    StoreErrors."""
-
+    """Encloses each use of SQLite: a fork waits for it, and errors become StoreErrors."""
     def __init__(self, file: str) -> None:
         self.file = file
 
@@ -698,16 +635,13 @@ def _code(error: Exception) -> int:
 _REASONS = {
     sqlite3.SQLITE_FULL: "the disk is full: nothing of this was changed; make room and try again",
     sqlite3.SQLITE_READONLY: "it can't be written to: check the rights of the file and of its folder",
-    sqlite3.SQLITE_TOOBIG: "a value is larger than SQLite takes, 1,000,000,000 bytes: keep it in a file",
-    sqlite3.SQLITE_CANTOPEN: "it or what SQLite keeps beside it can't be opened: is it a file, its path below"
-    " 512 bytes, and have you the rights on it and its folder?",
-    sqlite3.SQLITE_IOERR: "the system can't read or write it: is the disk full, a limit reached, or is this a"
-    " file system without locks and shared memory, as network ones are?",
+    sqlite3.SQLITE_TOOBIG: "a value is larger than 1,000,000,000 bytes: keep it in a file",
+    sqlite3.SQLITE_CANTOPEN: "it can't be opened: are file and folder yours, the path below 512 bytes?",
+    sqlite3.SQLITE_IOERR: "it can't be read or written: is the disk full, or a network one (without locks)?",
 }
 
 
 def _translated(error: Exception, file: str) -> StoreError:
-    """The StoreError for what SQLite or the system has raised: what is wrong, and the way out."""
     if isinstance(error, StoreError):  # a StoreBusyError is an OSError too
         return error
     code, kind = _code(error), StoreError
@@ -722,12 +656,11 @@ def _translated(error: Exception, file: str) -> StoreError:
     else:
         detail = f" ({error})" if code or type(error) is not sqlite3.OperationalError else ""
         kind, reason = CorruptStoreError, f"damaged, or no store{detail}: restore a backup, or move it away"
-    return kind(f"{file}: {reason}", file)
+    return _error(kind, file, reason)
 
 
 def _what_it_is(file: str) -> str:
-    """What a file is that SQLite has refused. Only then may it be read: closing any descriptor of a file
-    drops all locks that the process holds on it."""
+    """What a file is that SQLite has refused. (Only then: closing a descriptor drops the process's locks.)"""
     try:
         with open(file, "rb") as stream:
             start = stream.read(1 << 17)
@@ -740,7 +673,6 @@ def _what_it_is(file: str) -> str:
 
 
 def _make_folder(folder: str) -> None:
-    """Make a folder and those above it, with mode 0700 whatever the umask."""
     if not os.path.isdir(folder):
         _make_folder(os.path.dirname(folder))
         try:
@@ -751,7 +683,6 @@ def _make_folder(folder: str) -> None:
 
 
 def _make_file(file: str) -> None:
-    """Make an empty file with mode 0600 whatever the umask; FileExistsError where something is there."""
     with _process.lock:  # closing it drops all locks on the file: no thread may have opened it by then
         os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         os.chmod(file, 0o600)
@@ -768,7 +699,6 @@ def _connect(file: str, options: str = "mode=rw") -> SQL:
 
 
 def _disconnect(sql: SQL) -> None:
-    """Close a connection, rolling back what is open; a file's last one clears the WAL away, within SQLite."""
     _process.connections.pop(sql, None)
     sql.close()
 
@@ -781,7 +711,6 @@ def _create(sql: SQL) -> None:
 
 
 def _read_blank(work: Work[T]) -> T:
-    """Run work on an empty store: what a missing or blank file reads as."""
     sql = sqlite3.connect(":memory:", isolation_level=None)
     try:
         _create(sql)
@@ -791,9 +720,7 @@ def _read_blank(work: Work[T]) -> T:
 
 
 class _Connection:
-    """A connection to a store's file: only here locks are awaited, transactions begun and ended, files
-    recognised."""
-
+    """A connection to a file: only here locks are awaited, transactions begun, files recognised."""
     def __init__(self, store: SQLiteDataStore) -> None:
         self.store = store
         self.file = store._file
@@ -811,11 +738,10 @@ class _Connection:
     def open(self, make: bool) -> bool:
         """Open the file, made first where it is missing; False where it is missing and not to be made."""
         if self.file in _process.lost:
-            raise RuntimeError(f"{self.file}: a session or transaction had it open when this process was"
-                               " forked: SQLite can't use it here; fork outside of them, or use spawn")
+            raise RuntimeError(f"{self.file}: a session had it open when this process was forked: use spawn")
         while True:
             if os.path.exists(self.file) and not os.path.isfile(self.file):
-                raise StoreError(f"{self.file}: this is no regular file: name another path", self.file)
+                raise _error(StoreError, self.file, "this is no regular file: name another path")
             try:
                 self.sql = _connect(self.file)
                 self.fresh = True
@@ -836,19 +762,15 @@ class _Connection:
             _disconnect(self.sql)
 
     def wait(self) -> None:
-        """Sleep a moment, since somebody else has the lock; StoreBusyError when that has lasted for the
-        timeout.
-
-        SQLite's handler sleeps up to 0.1 s at a time: of 64 writers the unluckiest waits for over a second.
-        Here pauses grow from 0.5 to 32 ms, but the longer one has waited, the oftener one tries.
-        """
+        """Sleep a moment, since somebody else has the lock; StoreBusyError after the timeout. SQLite's
+        handler starves the unluckiest of many: here the longer one has waited, the oftener one tries."""
         now = time.monotonic()
         if not self.waiting_since:
             self.waiting_since, self.pause = now, 0.00025
         waited, timeout = now - self.waiting_since, self.store._timeout
         if waited >= timeout:
-            raise StoreBusyError(f"{self.file}: another process has kept the store locked for {waited:.1f}"
-                                 " seconds: try again, or wait longer by timeout=", self.file)
+            raise _error(StoreBusyError, self.file, "another process has kept the store locked for"
+                         f" {waited:.1f} seconds: try again, or wait longer by timeout=")
         self.pause = min(self.pause * 2, 0.032 if waited < 0.1 else 0.008 if waited < 0.2 else 0.002)
         jitter = 0.5 + time.perf_counter_ns() % 1000 / 1000
         time.sleep(min(self.pause * jitter, timeout - waited))
@@ -868,8 +790,7 @@ class _Connection:
                 self.rollback()
                 code = _code(error)
                 if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY) and not write and not self.seen:
-                    # To read, SQLite needs a -shm file; where it can't have one, it reads what nobody writes
-                    # to.
+                    # where SQLite can't have the -shm file to read by, it reads what nobody writes to
                     seen = self._look()
                     if not seen[-1]:
                         self.close()
@@ -884,18 +805,16 @@ class _Connection:
             self.wait()
 
     def identify(self) -> bool:
-        """Whether the file is a complete store; False where it is blank or older. What isn't ours is
-        refused."""
+        """Whether the file is a complete store, not a blank or older one; another's is refused."""
         application, version, cookie = (self.sql.execute(f"PRAGMA {name}").fetchone()[0]
                                         for name in ("application_id", "user_version", "schema_version"))
         if application != _APPLICATION_ID and (application or version or cookie):
-            raise CorruptStoreError(f"{self.file}: another program's SQLite file (application id"
-                                    f" {application:#x}), so no store: name another path", self.file)
+            raise _error(CorruptStoreError, self.file, "another program's SQLite file (application id"
+                         f" {application:#x}), so no store: name another path")
         if not application and 0 < os.path.getsize(self.file) < 512:  # SQLite would take it for an empty file
-            raise CorruptStoreError(f"{self.file}: {_what_it_is(self.file)}", self.file)
+            raise _error(CorruptStoreError, self.file, _what_it_is(self.file))
         if version > _VERSION:
-            raise StoreError(f"{self.file}: this store needs a newer flowstore (its schema is {version}, this"
-                             f" one knows {_VERSION}): update this copy", self.file)
+            raise _error(StoreError, self.file, f"it needs a newer flowstore (schema {version}): update")
         if cookie != self.store._known_schema:
             if not _is_complete(self.sql.execute("SELECT type, name, tbl_name, sql FROM sqlite_master")):
                 return False
@@ -910,17 +829,17 @@ class _Connection:
         self.sql.execute("COMMIT")
         try:
             if os.stat(self.file + "-wal").st_size > _WAL_LIMIT:
+                self.sql.execute("BEGIN IMMEDIATE")
                 self.checkpoint()
         except (OSError, sqlite3.Error):
             pass  # what was to be written is; the WAL's size is the next writer's care
 
     def checkpoint(self) -> None:
-        """Copy the WAL into the file, so that the next writer starts it anew.
+        """Copy the WAL into the file, so that the next writer starts it anew, and end the transaction.
 
-        Until SQLite 3.51.2 a commit that does so between two checkpoints can lose pages. Nobody can while
-        this connection holds the write lock; and a passive checkpoint, on another one, waits for no reader.
+        Until SQLite 3.51.2 a commit that does so between two checkpoints can lose pages (the WAL-reset bug). Nobody
+        can while this connection has the write lock, and a passive checkpoint, on another, waits for no reader.
         """
-        self.sql.execute("BEGIN IMMEDIATE")
         try:
             other = _connect(self.file)
             try:
@@ -931,7 +850,7 @@ class _Connection:
             self.rollback()
 
     def read(self, work: Work[T]) -> T:
-        """Run work in one snapshot. A blank file reads as an empty store, and stays as it is."""
+        """Run work in one snapshot; a blank file reads as an empty store."""
         self.waiting_since = 0.0
         while True:
             try:
@@ -950,21 +869,18 @@ class _Connection:
                 return _read_blank(work)
 
     def _look(self) -> tuple[int, ...]:
-        """The state of a file that can only be looked at; last the size of its WAL, which can't be read
-        then."""
+        """The state of a file that can only be looked at; last the size of its WAL."""
         status = os.stat(self.file)
         wal = os.stat(self.file + "-wal").st_size if os.path.exists(self.file + "-wal") else 0
         return status.st_ino, status.st_mtime_ns, status.st_size, wal
 
     def begin_write(self) -> None:
-        """Take the write lock of a complete store, which is made or completed first."""
         self.waiting_since = 0.0
         while not self.begin(write=True):
             self.rollback()
             self.initialise()
 
     def write(self, work: Work[T]) -> T:
-        """Run work in a write transaction, on the disk when this returns."""
         self.begin_write()
         try:
             result = work(self.sql)
@@ -975,7 +891,6 @@ class _Connection:
             raise
 
     def prepare(self) -> None:
-        """Make the file a store where it isn't one."""
         while True:
             complete = self.begin(write=False)
             self.rollback()
@@ -986,8 +901,7 @@ class _Connection:
     def initialise(self) -> None:
         """Make a store of a blank file, or add what an older one lacks; to be tried until it is complete.
 
-        Many may do so at once. Who unlinks a file (destroy_store) takes it out of WAL mode first, where
-        SQLite refuses to write to one that has lost its name: what is at the path counts then.
+        destroy_store() takes a file out of WAL mode first: SQLite then refuses to write to a nameless one.
         """
         if not os.path.getsize(self.file):
             os.chmod(self.file, 0o600)
@@ -1003,8 +917,7 @@ class _Connection:
             self.wait()
             return
         if mode != "wal":
-            raise StoreError(f"{self.file}: SQLite can't keep a WAL here, which takes locks and shared memory"
-                             f" (its mode stays {mode}): name a store on a local disk", self.file)
+            raise _error(StoreError, self.file, "SQLite can't keep a WAL here: name a store on a local disk")
         try:
             if not self.begin(write=True):
                 _create(self.sql)
@@ -1015,10 +928,8 @@ class _Connection:
 
 # ---- the store ---------------------------------------------------------------------------------------------
 
-
 class _Operations(DataStore):
     """The operations, each its SQL and a line or two around it, on _read() and _write()."""
-
     path: str
 
     @abc.abstractmethod
@@ -1034,8 +945,7 @@ class _Operations(DataStore):
 
     def _fetch_each(self, statement: str, names: dict[str, Cell] | None, load: Callable[..., T],
                     *values: object) -> dict[str, list[T]]:
-        """What load makes of the rows of each name (None: each ref) that has any. (One statement for all
-        would meet SQLite's limit of variables.)"""
+        """What load makes of the rows of each name (None: each ref) that has any."""
         def work(sql: SQL) -> dict[str, list[T]]:
             each = names
             if each is None:
@@ -1046,11 +956,9 @@ class _Operations(DataStore):
         return self._read(work, snapshot=True)
 
     def _execute(self, *statements: tuple[str, Row]) -> int:
-        """Run statements in one transaction; returns the number of rows that they have changed."""
         return self._write(lambda sql: sum(sql.execute(*statement).rowcount for statement in statements))
 
     # -- cache
-
     def set_cache_entry(self, key: str, value: bytes) -> None:
         name = _name("key", key)
         try:
@@ -1060,27 +968,23 @@ class _Operations(DataStore):
         self._execute((_SET_CACHE, (name, view if view.c_contiguous else view.tobytes())))
 
     def get_cache_entry(self, key: str) -> bytes | None:
-        values = self._fetch(_GET_CACHE, (_name("key", key),), _blob)
+        values = self._fetch(_GET_CACHE, (_name("key", key),), _load_blob)
         return values[0] if values else None
 
     def get_cache_entries(self, keys: Iterable[str]) -> dict[str, bytes]:
-        found = self._fetch_each(_GET_CACHE, _names("key", keys), _blob)
+        found = self._fetch_each(_GET_CACHE, _names("key", keys), _load_blob)
         return {key: values[0] for key, values in found.items()}
 
     def delete_cache_entry(self, key: str) -> None:
         self._execute((_DELETE_CACHE, (_name("key", key),)))
 
     # -- history
-
     def record_execution(self, record: ExecutionRecord) -> None:
         self._execute((_RECORD, _history_row(record)))
-
     def get_execution_history(self, ref: str, limit: int = 0) -> list[ExecutionRecord]:
         return self._fetch(_HISTORY, (_name("ref", ref), _limit(limit)), _load_execution)[::-1]
-
     def get_execution_histories(self, refs: Iterable[str], limit: int = 0) -> Histories:
         return self._histories(_names("ref", refs), limit)
-
     def get_all_execution_history(self, limit_per_ref: int = 0) -> Histories:
         return self._histories(None, limit_per_ref)
 
@@ -1090,12 +994,10 @@ class _Operations(DataStore):
 
     def list_execution_refs(self) -> list[str]:
         return _ordered(self._fetch(_REFS, (), _str))
-
     def delete_execution_history(self, ref: str) -> None:
         self._execute((_DELETE_HISTORY, (_name("ref", ref),)))
 
     # -- background runs
-
     def save_background_run(self, run: BackgroundRun) -> None:
         row = _row(BackgroundRun, run)
         _name("id", run.id)
@@ -1105,7 +1007,7 @@ class _Operations(DataStore):
     def get_background_run(self, id: str) -> BackgroundRun:
         runs = self._fetch(_GET_RUN, (_name("id", id),), _load_background)
         if not runs:
-            raise NotFoundError(f"{self.path}: there is no background run {id!r}", self.path)
+            raise _error(NotFoundError, self.path, f"there is no background run {id!r}")
         return runs[0]
 
     def get_background_runs(self, ids: Iterable[str]) -> dict[str, BackgroundRun]:
@@ -1114,12 +1016,10 @@ class _Operations(DataStore):
 
     def list_background_runs(self) -> list[BackgroundRun]:
         return sorted(self._fetch(_LIST_RUNS, (), _load_background), key=lambda run: _utf8(run.id))
-
     def delete_background_run(self, id: str) -> None:
         self._execute((_DELETE_RUN, (_name("id", id),)))
 
     # -- process variables
-
     def create_process_bucket(self, bucket: str) -> None:
         self._execute((_ADD_BUCKET, (_name("bucket", bucket),)))
 
@@ -1138,8 +1038,9 @@ class _Operations(DataStore):
     def get_process_var(self, bucket: str, key: str) -> str:
         values = self._fetch(_GET_VAR, (_name("bucket", bucket), _name("key", key)), _str)
         if not values:
-            raise NotFoundError(f"{self.path}: there is no variable {key!r} in the scope {bucket!r}"
-                                f"{'' if bucket == ROOT_BUCKET else ' or in root'}", self.path)
+            root = "" if bucket == ROOT_BUCKET else " or in root"
+            raise _error(NotFoundError, self.path,
+                         f"there is no variable {key!r} in the scope {bucket!r}{root}")
         return values[0]
 
     def get_all_process_vars(self, bucket: str) -> dict[str, str]:
@@ -1162,24 +1063,23 @@ def _load_texts(*row: Any) -> list[str]:
 
 
 def _limit(limit: object) -> int:
-    """A limit as SQLite takes it: -1 for all."""
     return max(_integer("limit", limit), 0) or -1
+
+
+def _record_values(row: list[Any], identity: int | None, process: str) -> list[Any]:
+    return [*row, identity, process, identity, row[0], row[6]]
 
 
 def _history_row(record: ExecutionRecord, process: str = "") -> list[Any]:
     row = _row(ExecutionRecord, record)
     _name("ref", record.ref)
-    return [*row, zlib.crc32(_utf8(f"{record.ref}\0{record.id}")) if record.id else None, process]
+    identity = zlib.crc32(_utf8(f"{record.ref}\0{record.id}")) if record.id else None
+    return _record_values(row, identity, process)
 
 
 class SQLiteDataStore(_Operations):
-    """A store in an SQLite file, which any number of processes and threads may use at the same time.
-
-    `path` is the file, made where it is missing, with its folder; None or "" is default_path(). Each
-    operation opens and closes it, and waits up to `timeout` seconds for other processes. `.path` is its
-    absolute name.
-    """
-
+    """A store in an SQLite file (None or "": default_path()), made where it is missing, with its folder. Any
+    number of processes and threads may use it; each operation waits up to `timeout` seconds for others."""
     def __init__(self, path: Path | None = None, *, timeout: float = 3.0) -> None:
         _check("timeout", timeout, int if isinstance(timeout, int) else float)
         if not timeout >= 0:
@@ -1215,37 +1115,33 @@ class SQLiteDataStore(_Operations):
             return connection.write(work)
 
     def session(self) -> AbstractContextManager[_Session]:
-        """A context manager that yields a store whose operations share a connection, each in its own
-        transaction: for loops. RuntimeError where it is used after its end, from another thread or after a
-        fork."""
+        """Yields a store whose operations share a connection, each in its own transaction: for loops.
+        RuntimeError where it is used after its end, from another thread or after a fork."""
         return _Session(self, False)
 
     def transaction(self) -> AbstractContextManager[_Session]:
         return _Session(self, True)
 
     def execution(self, ref: str, *, id: str | None = None, **fields: str) -> Execution:
-        """A context manager that records a run of ref, see Execution. Its id, by default a UUID, names a
-        scope: at most 255 bytes, no NUL, `:`, `/` or space. Other fields: label, command, spec,
-        log_archive_id, working_dir; source, client_name and session_id, by default of the environment
-        (RUN_SOURCE_ENV …)."""
+        """A context manager that records a run of ref, see Execution. Its id, else a UUID, names its scope.
+        fields: label, command, spec, log_archive_id, working_dir, source, client_name, session_id."""
         return Execution(self, ref, id, fields)
 
     def reconcile(self) -> int:
-        """Mark running records and background runs as failed whose process is gone, and delete their scopes;
-        returns how many. Left alone: another machine's, another pid namespace's, those without a pid."""
+        """Mark running records and background runs as failed whose process is gone; returns how many. Their
+        scopes go. Left alone: another machine's, another pid namespace's, those without a pid."""
         gone = self._gone()
         return self._write(lambda sql: _mark_gone(sql, gone)) if gone else 0
 
     def _gone(self) -> list[tuple[Any, ...]]:
         """Table, ref, id, pid and start (as cells) of what is recorded as running and is gone."""
         running = self._fetch(
-            _RUNNING, (), lambda *row: (row, _number(row[3]), _time(_str(row[4])), _str(row[5])))
+            _RUNNING, (), lambda *row: (row, _exactly(int, row[3]), _time(_str(row[4])), _str(row[5])))
         return [row[:5] for row, pid, started_at, note in running if _is_gone(pid, started_at, note)]
 
     def prune(self, keep: int | None = None, before: datetime | None = None) -> PruneSummary:
-        """Delete, per ref, all but the newest `keep` records, and those that started before `before`; of
-        background runs the same. Running ones stay and don't count. In small steps: no writer waits for
-        long."""
+        """Delete, per ref, all but the newest `keep` records and background runs, and those that started
+        before `before`. Running ones stay and don't count. In small steps: no writer waits for long."""
         if keep is not None and _integer("keep", keep) < 0:
             raise ValueError("keep must be 0 or more")
         limits = keep, None if before is None else _instant("before", before)
@@ -1259,21 +1155,22 @@ class SQLiteDataStore(_Operations):
             free = [0]
             while free != (free := session._fetch("PRAGMA freelist_count", (), int)) and free[0]:
                 session._write(lambda sql: [*sql.execute(f"PRAGMA incremental_vacuum({_PRUNE_STEP})")])
-            session._connection.checkpoint()  # which cuts the file
+            with session._operation:
+                session._connection.begin_write()
+                session._connection.checkpoint()  # which cuts the file
         return PruneSummary(**deleted)
 
     def backup(self, target: Path) -> None:
-        """Copy the store, as it is at one moment, to a new file with mode 0600 while others go on writing.
-        StoreError where something is at target already; a copy that fails is removed."""
+        """Copy the store, as it is at one moment, to a new file; StoreError where something is there."""
         target = os.path.abspath(os.fsdecode(target))
         with self._operation, _Connection(self) as connection:
             if not connection.open(make=False):
-                raise StoreError(f"{self.path}: there is no store here to copy", self.path)
+                raise _error(StoreError, self.path, "there is no store here to copy")
             connection.read(lambda sql: None)  # is it a store?
             try:
                 _make_file(target)
             except OSError as error:  # FileExistsError among them
-                raise StoreError(f"{target}: {error.strerror}: name a new file for it", target) from error
+                raise _error(StoreError, target, f"{error.strerror}: name a new file for it") from error
             connection.read(lambda sql: _copy(sql, target))
 
 
@@ -1292,23 +1189,20 @@ def _copy(sql: SQL, target: str) -> None:
 
 
 def _resolved(path: str) -> str:
-    """The file behind a path's links. Refused: what another user has put into a folder that anyone may write
-    to, since it may be planted (as Linux's protected_symlinks and protected_regular have it)."""
+    """The file behind a path's links; one that another user may have planted is refused."""
     try:
         entry, folder = os.lstat(path), os.stat(os.path.dirname(path))
     except OSError:
         return os.path.realpath(path)
     ours = os.name != "posix" or entry.st_uid in (os.geteuid(), folder.st_uid)
     if folder.st_mode & stat.S_IWOTH and not ours:
-        raise StoreError(f"{path}: another user has put this into a folder that anyone may write to: name a"
-                         " path in a folder of your own", path)
+        raise _error(StoreError, path, "another user has put this into a folder that anyone may write to:"
+                     " name a path in a folder of your own")
     return os.path.realpath(path)
 
 
 class _Session(_Operations):
-    """What session() and transaction() yield: the operations on one connection, for the thread that opened
-    it."""
-
+    """What session() and transaction() yield: the operations on one connection, for one thread."""
     def __init__(self, store: SQLiteDataStore, atomic: bool, connection: _Connection | None = None) -> None:
         self.path = store.path
         self._store = store
@@ -1349,26 +1243,22 @@ class _Session(_Operations):
                 finally:
                     if self._atomic:
                         _process.transactions.discard((owner[0], self._connection.file))
-                    self._end()
-
-    def _end(self) -> None:
-        if self._borrowed:
-            self._connection.rollback()
-        else:
-            self._connection.close()
+                    if self._borrowed:
+                        self._connection.rollback()
+                    else:
+                        self._connection.close()
 
     def _check_open(self) -> None:
         if self._owner != (threading.get_ident(), _process.forks):
-            reason = "was opened by another thread, or before this process was forked: open one here"
-            reason = reason if self._owner else "is not open"
+            reason = "is of another thread or before a fork: open one here" if self._owner else "is not open"
             raise RuntimeError(f"{self.path}: this session or transaction {reason}")
         if self._atomic:
             self._check_alive()
 
     def _check_alive(self) -> None:
         if not self._connection.sql.in_transaction:
-            raise StoreError(f"{self.path}: SQLite has rolled this transaction back (a full disk, or an I/O"
-                             " error): nothing of it was changed; begin it again", self.path)
+            raise _error(StoreError, self.path, "SQLite has rolled this transaction back (a full disk?):"
+                         " nothing of it was changed; begin it again")
 
     def _read(self, work: Work[T], snapshot: bool = False) -> T:
         self._check_open()
@@ -1399,18 +1289,15 @@ class _Session(_Operations):
 
 # ---- the end of a store, and moving old data ---------------------------------------------------------------
 
-
 class _ExistingStore(SQLiteDataStore):
     """A store that is used where it exists, and not made."""
-
     def _prepare(self) -> None:
         pass
 
 
 def destroy_store(path: Path | None = None) -> None:
     """Remove a store's file with all that is in it; a missing one is no error, what isn't a store is refused.
-    What others write once it has been emptied lives on in a new store. StoreBusyError where one of them keeps
-    it open for longer than the timeout (3 seconds): the empty file is left."""
+    StoreBusyError where somebody keeps it open for longer than 3 seconds: the empty file is left."""
     store = _ExistingStore(path)
     with store._operation, _Connection(store) as connection:
         if not connection.open(make=False):
@@ -1428,15 +1315,14 @@ def destroy_store(path: Path | None = None) -> None:
                 if not connection.open(make=False):
                     return
         except StoreBusyError:
-            raise StoreBusyError(f"{store.path}: the store has been emptied, but another process keeps it"
-                                 " open, so the file is left: end that and do it again", store.path) from None
+            raise _error(StoreBusyError, store.path, "the store has been emptied, but another process keeps"
+                         " it open: end that and do it again") from None
 
 
 def _unlink(connection: _Connection) -> bool:
     """Unlink an emptied file; False where it is to be tried again, with the file that is at the path then.
 
-    Alone with it and out of WAL mode, in which others could go on writing to it when it has lost its name,
-    and a new file would meet its -wal. The one write is refused by SQLite where it has lost its name already.
+    Out of WAL mode, in which others could go on writing to it when nameless, and a new file meet its -wal.
     """
     sql = connection.sql
     try:
@@ -1469,12 +1355,9 @@ def _unlink(connection: _Connection) -> bool:
 
 
 def migrate_process_buckets(path: Path | None = None) -> list[str]:
-    """Move legacy tables under the process scope, in one transaction; returns the names of the buckets, in
-    order.
+    """Move other tables with just the columns `key` and `value` into scopes of their names, which it returns.
 
-    Each table with just the columns `key` and `value` that isn't the store's own is a bucket: its rows are
-    added to the scope of its name, where a variable that is there wins, and it goes. NULL becomes "", a BLOB
-    its text, a number its decimal text; of equal keys the last row counts. A missing file is no error.
+    A variable that is there wins; NULL becomes "", a BLOB or number its text; of equal keys the last counts.
     """
     if not os.path.lexists(_ExistingStore(path)._file):
         return []
@@ -1483,8 +1366,7 @@ def migrate_process_buckets(path: Path | None = None) -> list[str]:
 
 
 def _plain_tables(sql: SQL) -> list[str]:
-    """The tables that are neither virtual nor SQLite's own, nor of a name that sqlite3 can't use (no
-    UTF-8)."""
+    """The tables that are neither virtual nor SQLite's own, nor of a name that is no UTF-8."""
     sql.text_factory = _str
     rows = sql.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND sql LIKE 'CREATE TABLE %'")
     return [name for name, in rows if _folded(name)[:7] != "sqlite_" and isinstance(_text("name", name), str)]
@@ -1525,20 +1407,16 @@ _GONE = "process exited unexpectedly"
 
 class PruneSummary(NamedTuple):
     """How many records and background runs prune() has deleted."""
-
     history: int = 0
     background: int = 0
 
 
 class Execution:
-    """What execution() yields: `id`, `ref`, `bucket` (its scope) and `env` (the environment for a child,
-    which finds scope and store in it). The body may set `exit_code`, `error` and `log_archive_id`.
+    """What execution() yields: `id`, `ref`, `bucket` (its scope) and `env` for a child to find both.
 
-    On entry there is a record with status running, and the scope. On exit the record is completed, or failed
-    where exit_code or error is set or an exception goes through, and the scope is gone. Each in one
-    transaction.
+    Within it there are a running record and the scope. On exit the scope goes, and the record is completed,
+    or failed: by an exception, or by the `exit_code` or `error` that the body may set, as `log_archive_id`.
     """
-
     def __init__(self, store: SQLiteDataStore, ref: str, id: str | None, fields: dict[str, Any]) -> None:
         if id is None:
             import uuid
@@ -1573,7 +1451,7 @@ class Execution:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
-            self.exit_code = int(error.code or 0)
+            self.exit_code = max(-(2**63), min(int(error.code or 0), 2**63 - 1))
         elif error is not None:
             self.exit_code = self.exit_code or (130 if isinstance(error, KeyboardInterrupt) else 1)
             self.error = self.error or f"{type(error).__name__}: {error}".removesuffix(": ")
@@ -1600,8 +1478,7 @@ def _line(path: str) -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process began, in clock ticks since the boot; "" where it has ended; None where that can't be
-    told."""
+    """When a process began, in ticks since the boot; "": it has ended; None: unknown."""
     fields = _line(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name before it may hold anything
     return None if len(fields) < 20 else "" if fields[0] in "ZX" else fields[19]
 
@@ -1617,7 +1494,6 @@ def _process_note(pid: int) -> str:
 
 
 def _is_gone(pid: int, started_at: datetime, note: str) -> bool:
-    """Whether the process of a running record has ended for certain."""
     noted, here = note.split(" "), _process_note(pid).split(" ")
     if len(noted) == 4:
         if noted[1:2] != here[1:2]:  # another boot, of this machine or of another
@@ -1678,8 +1554,10 @@ def import_bolt(source: Path, path: Path | None = None) -> ImportSummary:
     source = os.path.abspath(os.fsdecode(source))
     store = _ExistingStore(path)  # made by the write: not for a bad source
     try:
-        with open(source, "rb") as stream:
-            _share_lock(stream, source, time.monotonic() + store._timeout)
+        if os.path.realpath(source) in _process.connections.values():  # opening it here would drop its locks
+            raise ValueError("a store that this process has open")
+        with open(source, "rb") as stream, open(source, "rb") as lock:  # the map keeps what is under stream
+            _share_lock(lock, source, time.monotonic() + store._timeout)
             file = _BoltFile(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
             counts = store._write(lambda sql: _add_entries(sql, file))
     except StoreError:
@@ -1728,9 +1606,9 @@ def _add_entries(sql: sqlite3.Connection, file: _BoltFile) -> dict[str, int]:
                     if data.get("id") or len(key) != 8:
                         data["id"], identity = _str(key), zlib.crc32(ref + b"\0" + key)
                     else:  # known again by its number and JSON
-                        identity = int.from_bytes(key[4:], "big", signed=True) << 32 | zlib.crc32(value)
+                        identity = (zlib.crc32(key) << 32 | zlib.crc32(value)) - (1 << 63)
                     row = _row_of_dict(ExecutionRecord, {**data, "ref": _str(ref)})
-                    add("history", _ADD_RECORD, *row, identity, "")
+                    add("history", _ADD_RECORD, *_record_values(row, identity, ""))
                 case (b"background",) | (b"process", b"background") if (data := _json(value)) and (
                         not path[1:] or (data.get("id") == name and {"pid", "ref", "status"} <= data.keys())):
                     row = _row_of_dict(BackgroundRun, {"ref": "", **data, "id": _str(key)})
@@ -1779,8 +1657,11 @@ class _BoltFile:
     def __init__(self, data: Any) -> None:
         self.data, self.unread = data, len(data)
         self.problems: list[tuple[str, str, str]] = []
-        metas, sizes = [], [1 << n for n in range(9, 32)]
+        sizes = [1 << n for n in range(9, 32)]
+        metas: list[tuple[int, int, int, int]] = []
         for offset in (0, *sizes):
+            if metas and offset != metas[0][1]:
+                continue  # what looks like one elsewhere is none
             meta = data[offset + 16 : offset + 80].ljust(64)
             magic, version, size, _, root, _, _, pages, txid, checksum = _META.unpack(meta)
             fnv = 0xCBF29CE484222325
@@ -2035,25 +1916,31 @@ def _call(command: list[str], env: dict[str, str] | None) -> tuple[int, str]:
     import signal
     import subprocess
 
-    try:
-        child = subprocess.Popen(command, env=env, close_fds=False)
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        reason = f"command {'not found' if missing else 'can not be executed'}: {command[0]}"
-        _complain(reason)
-        return 127 if missing else 126, reason
+    children: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []  # signals from before there is a child
 
     def forward(number: int, _: object) -> None:
         with contextlib.suppress(OSError), open("/dev/tty", "rb") as terminal:
-            if number in (2, 3) and os.tcgetpgrp(terminal.fileno()) == os.getpgrp():
+            if children and number in (2, 3) and os.tcgetpgrp(terminal.fileno()) == os.getpgrp():
                 return  # the terminal has sent it to the child too
-        with contextlib.suppress(OSError, ValueError):  # it may have become another user's
-            child.send_signal(number)
+        early.extend([] if children else [number])
+        for child in children:
+            with contextlib.suppress(OSError, ValueError):  # it may have become another user's
+                child.send_signal(number)
 
     for name in ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, forward)
+    try:
+        children.append(child := subprocess.Popen(command, env=env, close_fds=False))
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        reason = f"command {'not found' if missing else 'can not be executed'}: {command[0]}"
+        _complain(reason)
+        return 127 if missing else 126, reason
+    for number in early:
+        child.send_signal(number)
     status = child.wait()
     if status < 0:
         return 128 - status, f"killed by signal {-status}"
