@@ -569,8 +569,7 @@ class _Process:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
-        self.operations = self.forks = 0
-        self.forking = False
+        self.operations = self.forking = self.forks = 0
         self.connections: dict[SQL, str] = {}  # with their files
         self.transactions: set[tuple[int, str]] = set()  # thread and file of each transaction()
         self.lost: set[str] = set()  # files that were open when this process was forked
@@ -579,18 +578,18 @@ class _Process:
 
     def before(self) -> None:
         self.lock.acquire()
-        self.forking = True
+        self.forking += 1
         self.changed.wait_for(lambda: self.operations == 0, _FORK_PATIENCE)
 
     def after(self) -> None:
-        self.forking = False
+        self.forking -= 1
         self.changed.notify_all()
         self.lock.release()
 
     def in_child(self) -> None:
         self.changed = threading.Condition(self.lock)
         self.forks += 1
-        self.operations = 0
+        self.operations, self.forking = 0, 1
         self.lost.update(self.connections.values())
         if self.connections:  # closing one here would undo what the parent writes: keep them for good
             kept: list[Any] = [*self.connections]
@@ -826,7 +825,13 @@ class _Connection:
             self.sql.execute("ROLLBACK")
 
     def commit(self) -> None:
-        self.sql.execute("COMMIT")
+        while self.sql.in_transaction:
+            try:
+                self.sql.execute("COMMIT")
+            except sqlite3.OperationalError as error:  # busy only where somebody has taken it out of WAL mode
+                if _code(error) not in _BUSY:
+                    raise
+                self.wait()
         try:
             if os.stat(self.file + "-wal").st_size > _WAL_LIMIT:
                 self.sql.execute("BEGIN IMMEDIATE")
@@ -837,8 +842,8 @@ class _Connection:
     def checkpoint(self) -> None:
         """Copy the WAL into the file, so that the next writer starts it anew, and end the transaction.
 
-        Until SQLite 3.51.2 a commit that does so between two checkpoints can lose pages (the WAL-reset bug). Nobody
-        can while this connection has the write lock, and a passive checkpoint, on another, waits for no reader.
+        Until SQLite 3.51.2 a commit that does so between two checkpoints can lose pages. Nobody can while
+        this connection has the write lock, and a passive one, on another, waits for no reader.
         """
         try:
             other = _connect(self.file)
@@ -854,7 +859,9 @@ class _Connection:
         self.waiting_since = 0.0
         while True:
             try:
-                result = work(self.sql) if self.begin(write=False) else _read_blank(work)
+                made = self.begin(write=False) or self.sql.execute(
+                    "SELECT 1 FROM sqlite_master WHERE name = 'cache'").fetchone()
+                result = work(self.sql) if made else _read_blank(work)
                 if not self.seen or self.seen == self._look():
                     return result
             except sqlite3.Error:
@@ -1316,7 +1323,7 @@ def destroy_store(path: Path | None = None) -> None:
                     return
         except StoreBusyError:
             raise _error(StoreBusyError, store.path, "the store has been emptied, but another process keeps"
-                         " it open: end that and do it again") from None
+                         " it open, so only the empty file is left: end that and do it again") from None
 
 
 def _unlink(connection: _Connection) -> bool:
