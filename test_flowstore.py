@@ -5738,5 +5738,6 @@ class TestReadme:
         examples = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
         environment = {**os.environ, "PYTHONPATH": os.path.dirname(flowstore.__file__)}
         assert len(examples) == 2
-        for example in examples:
-            subprocess.run([sys.executable, "-W", "error", "-c", example], cwd=tmp_path, env=environment, check=True)
+        for text in examples:
+            command = [sys.executable, "-W", "error", "-c", text]
+            subprocess.run(command, cwd=tmp_path, env=environment, check=True)
