@@ -548,7 +548,7 @@ def _is_complete(objects: Iterable[Row]) -> bool:
             head, tail = f"CREATE {own[:at]}", own[at:]
             added = text[len(head) : len(text) - len(tail)]
             fits = text == head + added + tail and added[:1] in ("", ",") and "(" not in added
-            missing.discard(name)
+            missing.discard(_folded(name))
         else:
             fits = _folded(table) not in _TABLES or (kind != "trigger" and (text or "").count("(") <= 1)
         if not fits:
@@ -619,7 +619,7 @@ class _Operation:
             _process.operations -= 1
             if _process.forking:
                 _process.changed.notify_all()
-        if isinstance(error, (sqlite3.Error, OSError, OverflowError)):
+        if isinstance(error, (sqlite3.Error, OSError, OverflowError, UnicodeError)):
             # an error of the sqlite3 module itself has no code, and may quote a value
             quotes = isinstance(error, sqlite3.Error) and not hasattr(error, "sqlite_errorcode")
             raise _translated(error, self.file) from (None if quotes else error)
@@ -739,6 +739,7 @@ class _Connection:
         if self.file in _process.lost:
             raise RuntimeError(f"{self.file}: a session had it open when this process was forked: use spawn")
         while True:
+            there = os.path.lexists(self.file)
             if os.path.exists(self.file) and not os.path.isfile(self.file):
                 raise _error(StoreError, self.file, "this is no regular file: name another path")
             try:
@@ -746,7 +747,7 @@ class _Connection:
                 self.fresh = True
                 return True
             except sqlite3.OperationalError:
-                if os.path.lexists(self.file):
+                if there and os.path.lexists(self.file):  # else somebody is making it
                     raise
             if not make:
                 return False
@@ -815,7 +816,8 @@ class _Connection:
         if version > _VERSION:
             raise _error(StoreError, self.file, f"it needs a newer flowstore (schema {version}): update")
         if cookie != self.store._known_schema:
-            if not _is_complete(self.sql.execute("SELECT type, name, tbl_name, sql FROM sqlite_master")):
+            objects = self.sql.execute("SELECT type, name, tbl_name, sql FROM sqlite_master").fetchall()
+            if not _is_complete(objects):
                 return False
             self.store._known_schema = cookie
         return bool(version == _VERSION)
@@ -910,6 +912,12 @@ class _Connection:
 
         destroy_store() takes a file out of WAL mode first: SQLite then refuses to write to a nameless one.
         """
+        if self.seen:  # in passing, while others were making it: once more, for writing
+            self.close()
+            self.seen = None
+            self.open(make=True)
+            self.wait()
+            return
         if not os.path.getsize(self.file):
             os.chmod(self.file, 0o600)
         try:
@@ -928,6 +936,8 @@ class _Connection:
         try:
             if not self.begin(write=True):
                 _create(self.sql)
+                if not self.identify():
+                    raise sqlite3.DatabaseError("its tables aren't the store's")
                 self.sql.execute("COMMIT")
         finally:
             self.rollback()
@@ -948,7 +958,7 @@ class _Operations(DataStore):
         """Run work on a connection in a write transaction."""
 
     def _fetch(self, statement: str, values: Row, load: Callable[..., T]) -> list[T]:
-        return self._read(lambda sql: [load(*row) for row in sql.execute(statement, values)])
+        return self._read(lambda sql: [load(*row) for row in sql.execute(statement, values).fetchall()])
 
     def _fetch_each(self, statement: str, names: dict[str, Cell] | None, load: Callable[..., T],
                     *values: object) -> dict[str, list[T]]:
@@ -1101,7 +1111,7 @@ class SQLiteDataStore(_Operations):
         self._timeout = min(timeout, 1e6)  # about what SQLite and time.sleep() understand
         self._file = _resolved(self.path)
         self._operation = _Operation(self._file)
-        self._known_schema = -1  # SQLite's schema cookie when the schema was last found to be ours
+        self._known_schema: int | None = None  # SQLite's schema cookie when it was last found to be ours
         self._prepare()
 
     def __repr__(self) -> str:
