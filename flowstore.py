@@ -1188,7 +1188,13 @@ class SQLiteDataStore(_Operations):
                 _make_file(target)
             except OSError as error:  # FileExistsError among them
                 raise _error(StoreError, target, f"{error.strerror}: name a new file for it") from error
-            connection.read(lambda sql: _copy(sql, target))
+            try:
+                connection.read(lambda sql: _copy(sql, target))
+            except BaseException as error:
+                os.unlink(target)
+                if isinstance(error, sqlite3.Error) and _code(error) in _REASONS:
+                    raise _translated(error, target) from error
+                raise
 
 
 def _copy(sql: SQL, target: str) -> None:
@@ -1196,13 +1202,8 @@ def _copy(sql: SQL, target: str) -> None:
     try:
         copy.executescript(_SETTINGS)
         sql.backup(copy)
-    except BaseException as error:
+    finally:
         _disconnect(copy)
-        os.unlink(target)
-        if isinstance(error, sqlite3.Error) and _code(error) in _REASONS:
-            raise _translated(error, target) from error
-        raise
-    _disconnect(copy)
 
 
 def _resolved(path: str) -> str:
@@ -2013,7 +2014,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         try:
             options = _parse([*(sys.argv[1:] if argv is None else argv)])
         except SystemExit:  # of argparse, which has printed something
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
             raise
         match options.words:
             case ["run", ref] if options.command:
