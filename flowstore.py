@@ -4,19 +4,17 @@ A cache (key to bytes), the history of executions per ref, records of detached b
 scoped to a running process with fallback to a root scope, for many short-lived processes that share one file:
 
     store = flowstore.SQLiteDataStore()             # $FLOWSTORE_PATH, or the user's cache folder
-    store.set_process_var(flowstore.environment_bucket(), "region", "eu-1")
     with store.execution("build app") as run:
         run.exit_code = subprocess.call(["make"], env=run.env)
 
-The Go package `store` of *flow* in Python, on SQLite in WAL mode instead of bbolt. An acknowledged write is
-on the disk, nobody waits longer than the timeout, and what goes wrong is a StoreError that names the file.
+The Go package `store` of *flow* in Python, on SQLite instead of bbolt. An acknowledged write is on the disk,
+nobody waits longer than the timeout, and what goes wrong is a StoreError that names the file.
 
 Copyright (c) 2026 The flowstore authors. Licence: MIT. SPDX-License-Identifier: MIT
 """
 
 from __future__ import annotations
 
-import abc
 import gc
 import mmap
 import os
@@ -27,9 +25,12 @@ import sys
 import threading
 import time
 import zlib
+from abc import ABC, abstractmethod
 from collections import namedtuple
 from datetime import datetime, timedelta, timezone
-from functools import cache, partial
+from functools import cache, lru_cache, partial
+from itertools import islice
+from threading import get_ident
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,8 +44,10 @@ if TYPE_CHECKING:
     Path: TypeAlias = str | os.PathLike[str]
     Cell: TypeAlias = str | bytes  # a text as SQLite takes it, see _text()
     Row: TypeAlias = Sequence[Any]
+    Cells: TypeAlias = dict[str, Any]  # by their columns
     SQL: TypeAlias = sqlite3.Connection
     Work: TypeAlias = Callable[[SQL], T]
+    Load: TypeAlias = Callable[[list[Row]], Sequence[T]]
 else:
     class _NamedTupleType(type):
         def __new__(mcls, name, bases, namespace):
@@ -55,7 +58,7 @@ else:
             return type(name, (namedtuple(name, fields, defaults=defaults),), {**namespace, "__slots__": ()})
 
     class NamedTuple(metaclass=_NamedTupleType):
-        """What is needed of typing.NamedTuple; to import typing costs a sixth of the command line's start."""
+        """What is needed of typing's, whose import is a sixth of the command line's start."""
 
 __version__ = "1.0.0"
 
@@ -70,21 +73,18 @@ RUN_SOURCE_CLI, RUN_SOURCE_DESKTOP, RUN_SOURCE_MCP = "cli", "desktop", "mcp"
 
 
 class RunStatus:
-    """The usual values of ExecutionRecord.status; any other string is kept as it is."""
+    """The usual values of ExecutionRecord.status; any other str is kept too."""
     RUNNING, COMPLETED, FAILED = "running", "completed", "failed"
 
 
 class BackgroundRunStatus(RunStatus):
-    """The usual values of BackgroundRun.status, likewise."""
+    """The usual values of BackgroundRun.status."""
 
 class StoreError(Exception):
     """The base of all that a store raises for the world's faults; `path` is the file."""
     def __init__(self, message: str, path: str = "") -> None:
         super().__init__(message)
         self.path = path
-
-    def __reduce__(self) -> tuple[type[StoreError], tuple[str, str]]:
-        return type(self), (str(self), self.path)
 
 
 def _error(kind: type[StoreError], path: str, reason: str) -> StoreError:
@@ -95,7 +95,7 @@ class NotFoundError(StoreError, LookupError):
     """There is no variable or background run of that name."""
 
 class StoreBusyError(StoreError, TimeoutError):
-    """Another process kept the lock for longer than the timeout. (An OSError too.)"""
+    """Another process kept the lock for longer than the timeout (an OSError too)."""
 
 class CorruptStoreError(StoreError):
     """The file is damaged, or is no store at all."""
@@ -125,12 +125,12 @@ class ExecutionRecord(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """The original's JSON object, without what is empty."""
-        return _to_dict(self, ("ref", "started_at", "duration", "exit_code"))
+        return _to_dict(self, always=4)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ExecutionRecord:
-        """The record of such an object; other tags are ignored, None is empty. ValueError or TypeError."""
-        return _load(cls, *_row_of_dict(cls, data))
+        """The record of such an object; other tags are ignored, None is empty. ValueError, TypeError."""
+        return _load(cls, [[*_row_of_dict(cls, data).values()]])[0]
 
 
 class BackgroundRun(NamedTuple):
@@ -146,12 +146,12 @@ class BackgroundRun(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """The original's JSON object, without what is empty."""
-        return _to_dict(self, ("id", "pid", "ref", "started_at", "status"))
+        return _to_dict(self, always=5)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> BackgroundRun:
         """The run of such an object; errors as ExecutionRecord's."""
-        return _load(cls, *_row_of_dict(cls, data))
+        return _load(cls, [[*_row_of_dict(cls, data).values()]])[0]
 
 
 def _check(what: str, value: object, kind: type) -> None:
@@ -165,16 +165,20 @@ def _utf8(text: str) -> bytes:
 
 def _text(what: str, value: Any) -> Cell:
     """A text as SQLite takes it: itself, or its bytes where they are no UTF-8 (PEP 383)."""
-    if type(value) is str and value.isascii():
-        return value
     _check(what, value, str)
+    if value.isascii():
+        return str(value)
     try:
         data = _utf8(value)
         if _str(data) == value:
-            return value if data == value.encode("utf-8", "replace") else data
+            return str(value) if data == value.encode("utf-8", "replace") else data
     except UnicodeEncodeError:
         pass
     raise ValueError(f"{what} has a surrogate that stands for no byte")
+
+
+class _Damaged(sqlite3.DatabaseError):
+    """A cell holds what its column can't: SQLite takes any type in any column."""
 
 
 def _str(cell: object) -> str:
@@ -191,10 +195,8 @@ def _name(what: str, value: object) -> Cell:
     return _text(what, value)
 
 
-def _names(what: str, values: Iterable[str]) -> dict[str, Cell]:
-    if isinstance(values, str):
-        raise TypeError(f"{what}s must be several str, not one")
-    return {value: _name(what, value) for value in values}
+def _checked(names: dict[str, str], cells: Cells | None) -> Cells:
+    return {**(cells or {}), **{what: _name(what, name) for what, name in names.items()}}
 
 
 def _folded(name: str) -> str:
@@ -203,7 +205,7 @@ def _folded(name: str) -> str:
 
 
 def _ordered(names: Iterable[str]) -> list[str]:
-    """Names in the order of their bytes. (SQLite puts those that are no UTF-8 behind the others.)"""
+    """Names in the order of their bytes; SQLite puts those that are no UTF-8 last."""
     return sorted(names, key=_utf8)
 
 
@@ -217,6 +219,10 @@ def _integer(what: str, value: Any) -> int:
 def _nanoseconds(what: str, value: Any) -> int:
     _check(what, value, timedelta)
     return _integer(what, ((value.days * 86400 + value.seconds) * 10**6 + value.microseconds) * 1000)
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
 
 
 def _instant(what: str, value: Any) -> str:
@@ -239,7 +245,8 @@ def _instant_of_text(what: str, value: Any) -> str:
     try:  # the shape first: fromisoformat() takes much that is no RFC 3339
         if clock[4:17:3] + zone[3] != "--T:::" or not (fraction.isascii() and fraction.isdigit()):
             raise ValueError
-        utc = datetime.fromisoformat(clock[:19] + zone).astimezone(timezone.utc)
+        moment = datetime.fromisoformat(clock[:19] + zone)
+        utc = moment if moment.tzinfo is timezone.utc else moment.astimezone(timezone.utc)
     except (ValueError, IndexError, OverflowError):
         raise ValueError(f"{what} is no RFC 3339 time in the years 1 to 9999") from None
     return f"{utc.isoformat()[:19]}.{fraction:0<9.9}Z"
@@ -249,17 +256,17 @@ _NUMBERS = ("duration", "exit_code", "pid")
 _TIMES = ("started_at", "completed_at")  # the other fields of both records are texts
 
 
-def _row(cls: type[Record], record: Any, from_json: bool = False) -> list[Any]:
-    _check("record", record, list if from_json else cls)
-    cells: list[Any] = []
-    for field, value in zip(cls._fields, record, strict=True):
-        convert: Callable[[str, Any], object] = _integer if field in _NUMBERS else _text
-        if field in _TIMES:
-            convert = _instant_of_text if from_json else _instant
-        elif field == "duration" and not from_json:
-            convert = _nanoseconds
-        cells.append(None if value is None and field == "completed_at" else convert(field, value))
-    return cells
+def _row(cls: type[Record], record: Any) -> Cells:
+    _check("record", record, cls)
+    return _cells(zip(cls._fields, record, strict=True), _instant, _nanoseconds)
+
+
+def _cells(fields: Iterable[tuple[str, Any]], instant: Callable[[str, Any], str],
+           span: Callable[[str, Any], int]) -> Cells:
+    convert = {"started_at": instant, "completed_at": instant, "duration": span,
+               "exit_code": _integer, "pid": _integer}
+    return {field: value if value is None and field == "completed_at"
+            else convert.get(field, _text)(field, value) for field, value in fields}
 
 
 @cache
@@ -268,23 +275,24 @@ def _tag(field: str) -> str:
     return field[0] + field.title().replace("_", "")[1:]
 
 
-def _row_of_dict(cls: type[Record], data: dict[str, Any]) -> list[Any]:
+def _row_of_dict(cls: type[Record], data: dict[str, Any]) -> Cells:
     _check("data", data, dict)
-    values = []
+    values: dict[str, Any] = {}
     for field in cls._fields:
-        value = data.get(_tag(field))
+        values[field] = value = data.get(_tag(field))
         if value is None:
             if field in ("ref", "started_at") or (field == "id" and cls is BackgroundRun):
                 raise ValueError(f"{_tag(field)} is missing")
-            value = 0 if field in _NUMBERS else None if field in _TIMES else ""
-        values.append(value)
-    return _row(cls, values, from_json=True)
+            if field not in _TIMES:
+                values[field] = 0 if field in _NUMBERS else ""
+    return _cells(values.items(), _instant_of_text, _integer)
 
 
-def _to_dict(record: ExecutionRecord | BackgroundRun, always: tuple[str, ...]) -> dict[str, Any]:
+def _to_dict(record: ExecutionRecord | BackgroundRun, always: int) -> dict[str, Any]:
+    """Its JSON object: the first `always` fields, and what isn't empty."""
     result: dict[str, Any] = {}
-    for field, value in zip(record._fields, record, strict=True):
-        if value or field in always:
+    for number, (field, value) in enumerate(zip(record._fields, record, strict=True)):
+        if value or number < always:
             result[_tag(field)] = value
             if field in _TIMES:
                 result[_tag(field)] = _instant(field, value)[:-1].rstrip("0").rstrip(".") + "Z"
@@ -293,47 +301,51 @@ def _to_dict(record: ExecutionRecord | BackgroundRun, always: tuple[str, ...]) -
     return result
 
 
-class _Damaged(sqlite3.DatabaseError):
-    """A cell holds what its column can't: SQLite takes any type in any column."""
+def _only(kind: type[T], cells: Sequence[Any]) -> Sequence[T]:
+    if {*map(type, cells)} - {kind}:
+        raise _Damaged
+    return cells
 
-def _time(cell: str) -> datetime:
+
+def _texts(cells: Sequence[Any]) -> Sequence[str]:
+    return cells if {*map(type, cells)} == {str} else [*map(_str, cells)]
+
+
+def _times(cells: Sequence[Any]) -> list[datetime | None]:
     try:
-        moment = datetime.fromisoformat(cell)
-    except ValueError:
+        times = [cell and datetime.fromisoformat(cell) for cell in cells]
+    except (TypeError, ValueError):
         raise _Damaged from None
-    if moment.tzinfo is not timezone.utc:
+    if {time.tzinfo for time in times if time is not None} - {timezone.utc}:
         raise _Damaged
-    return moment
+    return times
 
 
-def _exactly(kind: type[T], cell: object) -> T:
-    if type(cell) is not kind:
-        raise _Damaged
-    return cell
+def _load(cls: type[Record], rows: Iterable[Row]) -> list[Record]:
+    """The records of rows. By columns: a call for each cell would take most of the time of a large read."""
+    columns: list[Sequence[Any]] = []
+    for field, cells in zip(cls._fields, zip(*rows, strict=True), strict=False):
+        if field == "duration":  # cut towards zero, so that the extremes can be stored again
+            columns.append([timedelta(0, 0, cell // 1000 if cell >= 0 else -(-cell // 1000))
+                            for cell in _only(int, cells)])
+        elif field in _TIMES:
+            times = _times(cells)
+            columns.append(times if field == "completed_at" else _only(datetime, times))
+        else:
+            columns.append(_only(int, cells) if field in _NUMBERS else _texts(cells))
+    make: Callable[[Row], Record] = partial(tuple.__new__, cls)
+    return list(map(make, zip(*columns, strict=True)))
 
 
-def _load(cls: type[Record], *row: Any) -> Record:
-    cells = list(row)
-    if tuple(map(type, cells)) not in _CELL_TYPES[cls]:
-        cells = [_str(cell) if type(cell) is bytes else cell for cell in cells]
-        if tuple(map(type, cells)) not in _CELL_TYPES[cls]:
-            raise _Damaged
-    if cells[7] is not None:  # completed_at in both
-        cells[7] = _time(cells[7])
-    start = 1 if cls is ExecutionRecord else 3
-    cells[start] = _time(cells[start])
-    if cls is ExecutionRecord:
-        duration = cells[2]  # cut towards zero, so that the extremes can be stored again
-        cells[2] = timedelta(0, 0, duration // 1000 if duration >= 0 else -(-duration // 1000))
-    return cls._make(cells)
+def _load_texts(rows: Iterable[Row]) -> Sequence[str]:
+    return _texts([cell for cell, in rows])
 
 
-_CELL_TYPES: dict[type, list[tuple[type, ...]]] = {
-    cls: [tuple(int if name in _NUMBERS else empty if name == "completed_at" else str for name in cls._fields)
-          for empty in (str, type(None))]
-    for cls in (ExecutionRecord, BackgroundRun)}
-_load_blob = partial(_exactly, bytes)
-_load_execution = partial(_load, ExecutionRecord)
+def _load_blobs(rows: Iterable[Row]) -> Sequence[bytes]:
+    return _only(bytes, [cell for cell, in rows])
+
+
+_load_executions = partial(_load, ExecutionRecord)
 _load_background = partial(_load, BackgroundRun)
 
 
@@ -368,80 +380,80 @@ def run_env_value(name: str) -> str:
 
 # ---- the interface -----------------------------------------------------------------------------------------
 
-class DataStore(abc.ABC):
+class DataStore(ABC):
     """What every store does. Names (key, ref, bucket, id) are non-empty str that survive UTF-8 with
     surrogateescape there and back (else ValueError or TypeError), and are listed in order of its bytes."""
-    @abc.abstractmethod
+    @abstractmethod
     def set_cache_entry(self, key: str, value: bytes) -> None:
         """Store a bytes-like value in place of an earlier one. It never expires by itself."""
-    @abc.abstractmethod
+    @abstractmethod
     def get_cache_entry(self, key: str) -> bytes | None:
         """The value of a key, or None."""
-    @abc.abstractmethod
+    @abstractmethod
     def get_cache_entries(self, keys: Iterable[str]) -> dict[str, bytes]:
         """The values of any number of keys at one moment; missing ones are left out."""
-    @abc.abstractmethod
+    @abstractmethod
     def delete_cache_entry(self, key: str) -> None:
         """Delete a key; a missing one is no error."""
 
-    @abc.abstractmethod
+    @abstractmethod
     def record_execution(self, record: ExecutionRecord) -> None:
         """Add a record; one with an id replaces that of the same ref and id, and keeps its place."""
-    @abc.abstractmethod
+    @abstractmethod
     def get_execution_history(self, ref: str, limit: int = 0) -> list[ExecutionRecord]:
         """The newest `limit` records by started_at (equal: by insertion), oldest first; limit <= 0: all."""
-    @abc.abstractmethod
+    @abstractmethod
     def get_execution_histories(self, refs: Iterable[str], limit: int = 0) -> Histories:
         """The same for each of these refs that has records, at one moment."""
-    @abc.abstractmethod
+    @abstractmethod
     def get_all_execution_history(self, limit_per_ref: int = 0) -> Histories:
         """The same for all refs, in their order."""
-    @abc.abstractmethod
+    @abstractmethod
     def list_execution_refs(self) -> list[str]:
         """The refs that have records, in order."""
-    @abc.abstractmethod
+    @abstractmethod
     def delete_execution_history(self, ref: str) -> None:
         """Delete all records of a ref; an unknown one is no error."""
 
-    @abc.abstractmethod
+    @abstractmethod
     def save_background_run(self, run: BackgroundRun) -> None:
         """Store a run, in place of an earlier one with its id."""
-    @abc.abstractmethod
+    @abstractmethod
     def get_background_run(self, id: str) -> BackgroundRun:
         """The run with this id, or NotFoundError."""
-    @abc.abstractmethod
+    @abstractmethod
     def get_background_runs(self, ids: Iterable[str]) -> dict[str, BackgroundRun]:
         """The runs with these ids at one moment; missing ones are left out."""
-    @abc.abstractmethod
+    @abstractmethod
     def list_background_runs(self) -> list[BackgroundRun]:
         """All runs, in the order of their ids."""
-    @abc.abstractmethod
+    @abstractmethod
     def delete_background_run(self, id: str) -> None:
         """Delete a run; a missing one is no error."""
 
-    @abc.abstractmethod
+    @abstractmethod
     def create_process_bucket(self, bucket: str) -> None:
         """Make an empty scope; an existing one stays as it is."""
-    @abc.abstractmethod
+    @abstractmethod
     def delete_process_bucket(self, bucket: str) -> None:
         """Delete a scope with its variables; a missing one is no error."""
-    @abc.abstractmethod
+    @abstractmethod
     def set_process_var(self, bucket: str, key: str, value: str) -> None:
         """Set a variable to a str (as a name, or empty) in a scope, made where it is missing."""
-    @abc.abstractmethod
+    @abstractmethod
     def get_process_var(self, bucket: str, key: str) -> str:
         """The variable's value in the scope, else in root, else NotFoundError. "" counts as found."""
-    @abc.abstractmethod
+    @abstractmethod
     def get_all_process_vars(self, bucket: str) -> dict[str, str]:
         """The variables of the scope and of root, in the order of their keys; the scope's own win."""
-    @abc.abstractmethod
+    @abstractmethod
     def get_process_var_keys(self, bucket: str) -> list[str]:
         """The scope's keys in order, then in order those that only root has."""
-    @abc.abstractmethod
+    @abstractmethod
     def delete_process_var(self, bucket: str, key: str) -> None:
         """Delete a variable of this scope alone; a missing one is no error."""
 
-    @abc.abstractmethod
+    @abstractmethod
     def transaction(self) -> AbstractContextManager[DataStore]:
         """Yields a store whose operations take effect together or, on any exception, not. RuntimeError where
         it is nested, or used after its end, from another thread or after a fork."""
@@ -477,6 +489,7 @@ _SCHEMA = {
     bucket TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (bucket, key)) WITHOUT ROWID""",
     "process_buckets": "TABLE process_buckets (bucket TEXT PRIMARY KEY NOT NULL) WITHOUT ROWID",
 }
+_DIGITS = set("0123456789,.+- ")
 _TABLES = [name for name, definition in _SCHEMA.items() if definition.startswith("TABLE")]
 
 # the size limit cuts a grown WAL when it starts anew; the last two are for files from elsewhere
@@ -487,70 +500,82 @@ _SETTINGS = """
 
 _EXECUTION = ", ".join(ExecutionRecord._fields)
 _BACKGROUND = ", ".join(BackgroundRun._fields)
-
+_ADD_CACHE = "INSERT OR IGNORE INTO cache (key, value) VALUES (:key, :value)"
 _SET_CACHE = """
-    INSERT INTO cache (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"""
-_ADD_CACHE = "INSERT OR IGNORE INTO cache (key, value) VALUES (?, ?)"
-_GET_CACHE = "SELECT value FROM cache WHERE key = ?"
-_DELETE_CACHE = "DELETE FROM cache WHERE key = ?"
-_RECORD = f"""
-    INSERT OR REPLACE INTO history ({_EXECUTION}, identity, process, rowid)
-    VALUES ({"?, " * 19} (SELECT rowid FROM history WHERE identity = ? AND ref = ? AND id = ?))"""
-_ADD_RECORD = _RECORD.replace("REPLACE", "IGNORE")
-_HISTORY = f"SELECT {_EXECUTION} FROM history WHERE ref = ? ORDER BY started_at DESC, rowid DESC LIMIT ?"
+    INSERT INTO cache (key, value) VALUES (:key, :value)
+    ON CONFLICT (key) DO UPDATE SET value = excluded.value"""
+_GET_CACHE = "SELECT value FROM cache WHERE key = :key"
+_DELETE_CACHE = "DELETE FROM cache WHERE key = :key"
+_ADD_RECORD = f"""
+    INSERT OR IGNORE INTO history ({_EXECUTION}, identity, process, rowid)
+    VALUES (:{_EXECUTION.replace(", ", ", :")}, :identity, :process,
+        (SELECT rowid FROM history WHERE identity = :identity AND ref = :ref AND id = :id))"""
+_RECORD = _ADD_RECORD.replace("IGNORE", "REPLACE")
+_HISTORY = f"""
+    SELECT {_EXECUTION} FROM history WHERE ref = :ref ORDER BY started_at DESC, rowid DESC LIMIT :limit"""
 _REFS = """
     WITH RECURSIVE refs (ref) AS (  -- from ref to ref through the index, not from record to record
         SELECT min(ref) FROM history
         UNION ALL
         SELECT (SELECT min(ref) FROM history WHERE ref > refs.ref) FROM refs WHERE ref IS NOT NULL)
     SELECT ref FROM refs WHERE ref IS NOT NULL"""
-_NEWEST_REFS = f"{_REFS} ORDER BY (SELECT max(started_at) FROM history WHERE ref = refs.ref) DESC LIMIT ?"
-_DELETE_HISTORY = "DELETE FROM history WHERE ref = ?"
-_SET_RUN = f"INSERT OR REPLACE INTO background ({_BACKGROUND}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-_ADD_RUN = f"INSERT OR IGNORE INTO background ({_BACKGROUND}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-_GET_RUN = f"SELECT {_BACKGROUND} FROM background WHERE id = ?"
+_NEWEST_REFS = f"""
+    {_REFS} ORDER BY (SELECT max(started_at) FROM history WHERE ref = refs.ref) DESC LIMIT :limit"""
+_DELETE_HISTORY = "DELETE FROM history WHERE ref = :ref"
+_ADD_RUN = f"""
+    INSERT OR IGNORE INTO background ({_BACKGROUND}) VALUES (:{_BACKGROUND.replace(", ", ", :")})"""
+_SET_RUN = _ADD_RUN.replace("IGNORE", "REPLACE")
+_GET_RUN = f"SELECT {_BACKGROUND} FROM background WHERE id = :id"
 _LIST_RUNS = f"SELECT {_BACKGROUND} FROM background ORDER BY id"
-_DELETE_RUN = "DELETE FROM background WHERE id = ?"
-_ADD_BUCKET = "INSERT OR IGNORE INTO process_buckets (bucket) VALUES (?)"
+_DELETE_RUN = "DELETE FROM background WHERE id = :id"
+_ADD_BUCKET = "INSERT OR IGNORE INTO process_buckets (bucket) VALUES (:bucket)"
 _LIST_BUCKETS = "SELECT bucket FROM process_buckets"
-_DELETE_BUCKET = "DELETE FROM process_buckets WHERE bucket = ?"
-_DELETE_VARS = "DELETE FROM process_vars WHERE bucket = ?"
-_SET_VAR = """
-    INSERT INTO process_vars (bucket, key, value) VALUES (?, ?, ?)
-    ON CONFLICT (bucket, key) DO UPDATE SET value = excluded.value"""
-_ADD_VAR = "INSERT OR IGNORE INTO process_vars (bucket, key, value) VALUES (?, ?, ?)"
+_DELETE_BUCKET = "DELETE FROM process_buckets WHERE bucket = :bucket"
+_DELETE_VARS = "DELETE FROM process_vars WHERE bucket = :bucket"
+_ADD_VAR = "INSERT OR IGNORE INTO process_vars (bucket, key, value) VALUES (:bucket, :key, :value)"
+_SET_VAR = _ADD_VAR.replace("IGNORE", "REPLACE")
 _GET_VAR = """
-    SELECT value FROM process_vars WHERE bucket IN (?, 'root') AND key = ? ORDER BY bucket = 'root' LIMIT 1"""
-_LIST_VARS = "SELECT bucket, key, value FROM process_vars WHERE bucket IN (?, 'root')"
-_DELETE_VAR = "DELETE FROM process_vars WHERE bucket = ? AND key = ?"
+    SELECT value FROM process_vars WHERE bucket IN (:bucket, 'root') AND key = :key
+    ORDER BY bucket = 'root' LIMIT 1"""
+_LIST_VARS = "SELECT bucket, key, value FROM process_vars WHERE bucket IN (:bucket, 'root')"
+_DELETE_VAR = "DELETE FROM process_vars WHERE bucket = :bucket AND key = :key"
 _RUNNING = """
     SELECT 'history', ref, id, pid, started_at, process FROM history WHERE status = 'running'
     UNION ALL SELECT 'background', ref, id, pid, started_at, '' FROM background WHERE status = 'running'"""
 _PRUNE_STEP = 500  # rows, or pages: a few milliseconds
 _PRUNE = {table: [refs, *(f"""
     DELETE FROM {table} WHERE {key} IN (
-        SELECT {key} FROM {table} WHERE ref = ? AND status <> 'running' {which}
+        SELECT {key} FROM {table} WHERE ref = :ref AND status <> 'running' {which}
         LIMIT {_PRUNE_STEP} OFFSET {first})"""
-    for which, first in ((f"ORDER BY started_at DESC, {key} DESC", "?"), ("AND started_at < ?", "0")))]
+    for which, first in (
+        (f"ORDER BY started_at DESC, {key} DESC", ":limit"), ("AND started_at < :limit", "0")))]
     for table, key, refs in (
         ("history", "rowid", _REFS), ("background", "id", "SELECT DISTINCT ref FROM background"))}
 
 
+_OBJECTS = """
+    SELECT CAST(type AS BLOB), CAST(name AS BLOB), CAST(tbl_name AS BLOB), CAST(sql AS BLOB)
+    FROM sqlite_master"""
+
+
 def _is_complete(objects: Iterable[Row]) -> bool:
-    """Whether these rows of sqlite_master (type, name, tbl_name, sql) hold the whole schema. DatabaseError
-    for another layout and for what would run by itself: a view, trigger, expression. Additions are fine."""
+    """Whether these _OBJECTS hold the whole schema. DatabaseError for another layout and for what would run
+    by itself, as a view, trigger or expression does, or delete, as a unique index. Additions are fine."""
     missing = set(_SCHEMA)
-    for kind, name, table, text in objects:
+    for row in objects:
+        kind, name, table, text = (_str(cell or b"") for cell in row)
         if own := _SCHEMA.get(_folded(name)):
             # ALTER TABLE puts a column at the end, but before the constraints
             at = own.find(", PRIMARY") if ", PRIMARY" in own else own.rfind(")")
             at = len(own) if kind == "index" else at
             head, tail = f"CREATE {own[:at]}", own[at:]
             added = text[len(head) : len(text) - len(tail)]
-            fits = text == head + added + tail and added[:1] in ("", ",") and "(" not in added
+            braces = [each.partition(")")[0] for each in added.split("(")[1:]]  # of VARCHAR(10), not of CHECK
+            fits = text == head + added + tail and added[:1] in ("", ",") and set("".join(braces)) <= _DIGITS
             missing.discard(_folded(name))
-        else:
-            fits = _folded(table) not in _TABLES or (kind != "trigger" and (text or "").count("(") <= 1)
+        else:  # the indexes of PRIMARY KEYs have no text
+            plain = text[:12] in ("", "CREATE INDEX") and text.replace(name, "", 1).count("(") <= 1
+            fits = plain or _folded(table) not in _TABLES
         if not fits:
             raise sqlite3.DatabaseError(f"its {kind} {name!r} is not the store's")
     return not missing
@@ -559,6 +584,7 @@ def _is_complete(objects: Iterable[Row]) -> bool:
 # ---- connections -------------------------------------------------------------------------------------------
 
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
+_UNREADABLE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
 _WAL_LIMIT = 4 << 20  # bytes; as SQLite's own default, 1,000 pages
 _FORK_PATIENCE = 10.0  # seconds that a fork waits for the operations of other threads
 
@@ -569,17 +595,30 @@ class _Process:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
-        self.operations = self.forking = self.forks = 0
+        self.operations: list[int] = []  # the threads of those in flight
+        self.forking = self.forks = 0
         self.connections: dict[SQL, str] = {}  # with their files
-        self.transactions: set[tuple[int, str]] = set()  # thread and file of each transaction()
+        self.transactions: dict[tuple[int, str], object] = {}  # by their threads and files
         self.lost: set[str] = set()  # files that were open when this process was forked
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(before=self.before, after_in_parent=self.after, after_in_child=self.in_child)
 
+    def enter(self) -> None:
+        with self.lock:
+            while self.forking:
+                self.changed.wait()
+            self.operations.append(get_ident())
+
+    def leave(self) -> None:
+        with self.lock:
+            self.operations.remove(get_ident())
+            self.changed.notify_all()
+
     def before(self) -> None:
+        own = {get_ident()}
         self.lock.acquire()
         self.forking += 1
-        self.changed.wait_for(lambda: self.operations == 0, _FORK_PATIENCE)
+        self.changed.wait_for(lambda: own.issuperset(self.operations), _FORK_PATIENCE)
 
     def after(self) -> None:
         self.forking -= 1
@@ -589,7 +628,8 @@ class _Process:
     def in_child(self) -> None:
         self.changed = threading.Condition(self.lock)
         self.forks += 1
-        self.operations, self.forking = 0, 1
+        self.forking = 1
+        self.operations = [thread for thread in self.operations if thread == get_ident()]
         self.lost.update(self.connections.values())
         if self.connections:  # closing one here would undo what the parent writes: keep them for good
             kept: list[Any] = [*self.connections]
@@ -602,27 +642,13 @@ class _Process:
 
 _process = _Process()
 
-
-class _Operation:
-    """Encloses each use of SQLite: a fork waits for it, and errors become StoreErrors."""
-    def __init__(self, file: str) -> None:
-        self.file = file
-
-    def __enter__(self) -> None:
-        with _process.lock:
-            while _process.forking:
-                _process.changed.wait()
-            _process.operations += 1
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        with _process.lock:
-            _process.operations -= 1
-            if _process.forking:
-                _process.changed.notify_all()
-        if isinstance(error, (sqlite3.Error, OSError, OverflowError, UnicodeError)):
-            # an error of the sqlite3 module itself has no code, and may quote a value
-            quotes = isinstance(error, sqlite3.Error) and not hasattr(error, "sqlite_errorcode")
-            raise _translated(error, self.file) from (None if quotes else error)
+_REASONS = {
+    sqlite3.SQLITE_FULL: "the disk is full: nothing of this was changed; make room and try again",
+    sqlite3.SQLITE_READONLY: "it can't be written to: check the rights of the file and of its folder",
+    sqlite3.SQLITE_TOOBIG: "a value is larger than 1,000,000,000 bytes: keep it in a file",
+    sqlite3.SQLITE_CANTOPEN: "it can't be opened: a full disk, another's folder, a path over 512 bytes?",
+    sqlite3.SQLITE_IOERR: "it can't be read or written: is the disk full, or a network one (without locks)?",
+}
 
 
 def _code(error: Exception) -> int:
@@ -631,21 +657,12 @@ def _code(error: Exception) -> int:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
-_REASONS = {
-    sqlite3.SQLITE_FULL: "the disk is full: nothing of this was changed; make room and try again",
-    sqlite3.SQLITE_READONLY: "it can't be written to: check the rights of the file and of its folder",
-    sqlite3.SQLITE_TOOBIG: "a value is larger than 1,000,000,000 bytes: keep it in a file",
-    sqlite3.SQLITE_CANTOPEN: "it can't be opened: are file and folder yours, the path below 512 bytes?",
-    sqlite3.SQLITE_IOERR: "it can't be read or written: is the disk full, or a network one (without locks)?",
-}
-
-
 def _translated(error: Exception, file: str) -> StoreError:
     if isinstance(error, StoreError):  # a StoreBusyError is an OSError too
         return error
     code, kind = _code(error), StoreError
     if isinstance(error, OSError):
-        reason = f"{error.strerror or error}: name a path in a folder that you can write to"
+        reason = f"{error.strerror or error}: name a path that you may read and write"
     elif code in _BUSY:
         kind, reason = StoreBusyError, f"another process has it locked ({error}): try again"
     elif code in _REASONS:
@@ -671,6 +688,19 @@ def _what_it_is(file: str) -> str:
     return "no SQLite file, so no store: name another path, or move the file away"
 
 
+def _refuse_planted(path: str, *endings: str) -> None:
+    """Refuse what another user may have put into a folder that anyone may write to."""
+    try:
+        folder = os.stat(os.path.dirname(path))
+        for ending in endings if os.name == "posix" and folder.st_mode & stat.S_IWOTH else ():
+            entry = os.lstat(path + ending) if os.path.lexists(path + ending) else folder
+            if entry.st_uid not in (os.geteuid(), folder.st_uid):
+                raise _error(StoreError, path + ending, "another user has put this into a folder that anyone"
+                             " may write to: name a path in a folder of your own")
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # then nothing is there
+
+
 def _make_folder(folder: str) -> None:
     if not os.path.isdir(folder):
         _make_folder(os.path.dirname(folder))
@@ -687,13 +717,16 @@ def _make_file(file: str) -> None:
         os.chmod(file, 0o600)
 
 
+@lru_cache
+def _uri(file: str) -> str:
+    return "file:" + "".join(f"%{byte:02X}" for byte in os.fsencode(file))
+
+
 def _connect(file: str, options: str = "mode=rw") -> SQL:
-    path = os.fsencode(file.replace(os.sep, "/"))
-    uri = "".join(chr(byte) if bytes((byte,)).isalnum() or byte == 47 else f"%{byte:02X}" for byte in path)
     with _process.lock:
-        sql = sqlite3.connect(f"file:{'' if uri[0] == '/' else '/'}{uri}?{options}", uri=True, timeout=0,
-                              isolation_level=None, check_same_thread=False)
-    _process.connections[sql] = file
+        sql = sqlite3.connect(f"{_uri(file)}?{options}", uri=True, timeout=0, isolation_level=None,
+                              check_same_thread=False)
+        _process.connections[sql] = file
     return sql
 
 
@@ -719,51 +752,81 @@ def _read_blank(work: Work[T]) -> T:
 
 
 class _Connection:
-    """A connection to a file: only here locks are awaited, transactions begun, files recognised."""
-    def __init__(self, store: SQLiteDataStore) -> None:
-        self.store = store
-        self.file = store._file
-        self.sql: SQL
-        self.fresh = True  # since _SETTINGS read the file, they are made where one waits for it
-        self.seen: object = None  # the state of a file that can only be looked at, when it was opened
+    """A connection to a file: only here it is opened and recognised, locks are awaited, transactions begun
+    and ended. `with` encloses each use: a fork waits for its end, and errors become StoreErrors."""
+    def __init__(self, store: SQLiteDataStore, held: bool = False) -> None:
+        self.store, self.file = store, store._file
+        self.held = held  # over several uses
+        self.sql: Any = None  # the sqlite3.Connection while it is open
+        self.inode = 0  # of the file that was opened
+        self.fresh = True  # until the settings are made
+        self.cookie: int | None = None  # SQLite's schema cookie when it was recognised as a complete store
+        self.seen: tuple[int, ...] | None = None  # when it was opened, of a file that can only be looked at
         self.waiting_since = self.pause = 0.0
 
     def __enter__(self) -> Self:
+        _process.enter()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if not self.held:
+                self.close()
+        finally:
+            _process.leave()
+        if isinstance(error, (sqlite3.Error, OSError, OverflowError, UnicodeError)):
+            # an error of the sqlite3 module itself has no code, and may quote a value
+            quotes = isinstance(error, sqlite3.Error) and not hasattr(error, "sqlite_errorcode")
+            raise _translated(error, self.file) from (None if quotes else error)
 
-    def open(self, make: bool) -> bool:
-        """Open the file, made first where it is missing; False where it is missing and not to be made."""
+    def open(self, make: bool, look: bool = False) -> bool:
+        """Open the file, made first where it is missing; False where it is missing and not to be made. Where
+        it can't be written, or to look only, it is opened as one that nobody writes to, if so it seems."""
         if self.file in _process.lost:
             raise RuntimeError(f"{self.file}: a session had it open when this process was forked: use spawn")
-        while True:
-            there = os.path.lexists(self.file)
-            if os.path.exists(self.file) and not os.path.isfile(self.file):
-                raise _error(StoreError, self.file, "this is no regular file: name another path")
+        while not self.sql:
             try:
-                self.sql = _connect(self.file)
-                self.fresh = True
-                return True
+                mode, self.inode = os.stat(self.file)[:2]
+                if not stat.S_ISREG(mode):
+                    raise _error(StoreError, self.file, "this is no regular file: name another path")
+                _refuse_planted(self.file, "", "-wal", "-shm", "-journal")
+                seen = self.look() if look or not os.access(self.file, os.W_OK) else (1,)
+                self.sql = _connect(self.file, "mode=rw" if seen[-1] else "mode=ro&immutable=1")
+                self.seen, self.fresh, self.cookie = None if seen[-1] else seen, True, None
+            except (FileNotFoundError, NotADirectoryError):
+                if not make:
+                    return False
+                _make_folder(os.path.dirname(self.file))
+                try:
+                    _make_file(self.file)
+                except FileExistsError:
+                    pass
             except sqlite3.OperationalError:
-                if there and os.path.lexists(self.file):  # else somebody is making it
+                if not self.has_moved():
                     raise
-            if not make:
-                return False
-            _make_folder(os.path.dirname(self.file))
-            try:
-                _make_file(self.file)
-            except FileExistsError:
-                pass
+        return True
 
     def close(self) -> None:
-        if hasattr(self, "sql"):
-            _disconnect(self.sql)
+        sql, self.sql = self.sql, None
+        if sql:
+            _disconnect(sql)
+
+    def has_moved(self) -> bool:
+        """Whether another file is at the path than the one that was opened: others destroy the store."""
+        try:
+            return os.stat(self.file).st_ino != self.inode
+        except FileNotFoundError:
+            return True
+
+    def look(self) -> tuple[int, ...]:
+        """The state of a file; last the size of its WAL."""
+        status = os.stat(self.file)
+        wal = os.stat(self.file + "-wal").st_size if os.path.exists(self.file + "-wal") else 0
+        return status.st_ino, status.st_mtime_ns, status.st_size, wal
 
     def wait(self) -> None:
-        """Sleep a moment, since somebody else has the lock; StoreBusyError after the timeout. SQLite's
-        handler starves the unluckiest of many: here the longer one has waited, the oftener one tries."""
+        """Sleep a moment, since others are at work; StoreBusyError after the timeout. SQLite's handler
+        starves the unluckiest of many: here the longer one has waited, the oftener one tries."""
         now = time.monotonic()
         if not self.waiting_since:
             self.waiting_since, self.pause = now, 0.00025
@@ -775,39 +838,57 @@ class _Connection:
         jitter = 0.5 + time.perf_counter_ns() % 1000 / 1000
         time.sleep(min(self.pause * jitter, timeout - waited))
 
+    def wait_out(self, error: Exception) -> None:
+        """After an error that others are the reason of wait, to try again; raise any other."""
+        self.rollback()
+        if self.has_moved():
+            self.close()
+        elif _code(error) not in _BUSY:
+            raise error
+        self.wait()
+
     def begin(self, write: bool) -> bool:
-        """Take the write lock or a snapshot, waiting for others; whether a complete store is in it."""
-        if write and (threading.get_ident(), self.file) in _process.transactions:
+        """Take the write lock or a snapshot, waiting for others; whether a complete store is in it. A missing
+        file is made for a write; else the connection stays closed."""
+        if write and (get_ident(), self.file) in _process.transactions:
             raise RuntimeError(f"{self.file}: this thread, in a transaction() on it, would wait for itself")
-        while True:
+        if write and self.seen:
+            self.close()
+        look = False
+        while self.sql or self.open(write, look):
             try:
-                if self.fresh:
+                if self.fresh:  # here, since some of them read the file
                     self.sql.executescript(_SETTINGS)
                     self.fresh = False
+                known = self.cookie is not None  # in WAL mode: then SQLite keeps a lock, so it can't move
                 self.sql.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-                return self.identify()
-            except sqlite3.OperationalError as error:
-                self.rollback()
-                code = _code(error)
-                if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY) and not write and not self.seen:
-                    # where SQLite can't have the -shm file to read by, it reads what nobody writes to
-                    seen = self._look()
-                    if not seen[-1]:
-                        self.close()
-                        self.sql = _connect(self.file, "mode=ro&immutable=1")
-                        self.fresh, self.seen = True, seen
-                        continue
-                elif code not in _BUSY:
-                    raise
+                complete = self.identify()
+                if known or not self.has_moved():
+                    return complete
+                self.close()
+                self.wait()
+            except sqlite3.Error as error:
+                if write or self.seen or _code(error) not in _UNREADABLE or self.has_moved():
+                    self.wait_out(error)
+                else:  # SQLite can't have the -shm file to read by: it reads what nobody writes to
+                    self.close()
+                    look = not self.look()[-1]
+                    if not look:
+                        self.wait()
             except BaseException:
                 self.rollback()
                 raise
-            self.wait()
+        return False
 
     def identify(self) -> bool:
         """Whether the file is a complete store, not a blank or older one; another's is refused."""
-        application, version, cookie = (self.sql.execute(f"PRAGMA {name}").fetchone()[0]
-                                        for name in ("application_id", "user_version", "schema_version"))
+        def pragma(name: str) -> int:
+            return int(self.sql.execute(f"PRAGMA {name}").fetchone()[0])
+
+        cookie = pragma("schema_version")
+        if cookie == self.cookie:
+            return True
+        application, version = pragma("application_id"), pragma("user_version")
         if application != _APPLICATION_ID and (application or version or cookie):
             raise _error(CorruptStoreError, self.file, "another program's SQLite file (application id"
                          f" {application:#x}), so no store: name another path")
@@ -816,14 +897,14 @@ class _Connection:
         if version > _VERSION:
             raise _error(StoreError, self.file, f"it needs a newer flowstore (schema {version}): update")
         if cookie != self.store._known_schema:
-            objects = self.sql.execute("SELECT type, name, tbl_name, sql FROM sqlite_master").fetchall()
-            if not _is_complete(objects):
+            if not _is_complete(self.sql.execute(_OBJECTS).fetchall()):
                 return False
             self.store._known_schema = cookie
-        return bool(version == _VERSION)
+        self.cookie = cookie if version == _VERSION else None
+        return version == _VERSION
 
     def rollback(self) -> None:
-        if self.sql.in_transaction:
+        if self.sql and self.sql.in_transaction:
             self.sql.execute("ROLLBACK")
 
     def commit(self) -> None:
@@ -857,31 +938,22 @@ class _Connection:
             self.rollback()
 
     def read(self, work: Work[T]) -> T:
-        """Run work in one snapshot; a blank file reads as an empty store."""
+        """Run work in one snapshot; a missing or blank file reads as an empty store."""
         self.waiting_since = 0.0
         while True:
             try:
-                made = self.begin(write=False) or self.sql.execute(
-                    "SELECT 1 FROM sqlite_master WHERE name = 'cache'").fetchone()
+                made = self.begin(write=False) or (self.sql and self.sql.execute(
+                    "SELECT 1 FROM sqlite_master WHERE name = 'cache'").fetchone())
                 result = work(self.sql) if made else _read_blank(work)
-                if not self.seen or self.seen == self._look():
+                if not self.seen or self.seen == self.look():
                     return result
             except sqlite3.Error:
-                if not self.seen or self.seen == self._look():
+                if not self.seen or self.seen == self.look():
                     raise
             finally:
                 self.rollback()
+            self.close()  # somebody has written to what could only be looked at
             self.wait()
-            self.close()
-            self.seen = None
-            if not self.open(make=False):
-                return _read_blank(work)
-
-    def _look(self) -> tuple[int, ...]:
-        """The state of a file that can only be looked at; last the size of its WAL."""
-        status = os.stat(self.file)
-        wal = os.stat(self.file + "-wal").st_size if os.path.exists(self.file + "-wal") else 0
-        return status.st_ino, status.st_mtime_ns, status.st_size, wal
 
     def begin_write(self) -> None:
         self.waiting_since = 0.0
@@ -895,11 +967,11 @@ class _Connection:
             result = work(self.sql)
             self.commit()
             return result
-        except BaseException:
+        finally:
             self.rollback()
-            raise
 
     def prepare(self) -> None:
+        self.waiting_since = 0.0
         while True:
             complete = self.begin(write=False)
             self.rollback()
@@ -908,190 +980,180 @@ class _Connection:
             self.initialise()
 
     def initialise(self) -> None:
-        """Make a store of a blank file, or add what an older one lacks; to be tried until it is complete.
-
-        destroy_store() takes a file out of WAL mode first: SQLite then refuses to write to a nameless one.
-        """
-        if self.seen:  # in passing, while others were making it: once more, for writing
+        """Make a store of a missing or blank file, or add what an older one lacks; to be repeated."""
+        if self.seen:
             self.close()
-            self.seen = None
-            self.open(make=True)
-            self.wait()
-            return
-        if not os.path.getsize(self.file):
-            os.chmod(self.file, 0o600)
+        self.open(make=True)
+        sql = self.sql
         try:
-            self.sql.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            [mode] = self.sql.execute("PRAGMA journal_mode = WAL").fetchone()
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode == sqlite3.SQLITE_READONLY_DBMOVED:
-                self.close()
-                self.open(make=True)
-            elif _code(error) not in _BUSY:
-                raise
-            self.wait()
+            if not os.path.getsize(self.file):
+                os.chmod(self.file, 0o600)
+            sql.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            [mode] = sql.execute("PRAGMA journal_mode = WAL").fetchone()
+        except (sqlite3.OperationalError, FileNotFoundError) as error:
+            self.wait_out(error)
             return
         if mode != "wal":
             raise _error(StoreError, self.file, "SQLite can't keep a WAL here: name a store on a local disk")
+        self.cookie = None
         try:
-            if not self.begin(write=True):
-                _create(self.sql)
+            if not self.begin(write=True) and self.sql is sql:
+                _create(sql)
                 if not self.identify():
                     raise sqlite3.DatabaseError("its tables aren't the store's")
-                self.sql.execute("COMMIT")
+                sql.execute("COMMIT")
         finally:
             self.rollback()
 
 
 # ---- the store ---------------------------------------------------------------------------------------------
 
+_ALL: Iterable[str] = []  # in place of refs: all that there are
+
+
 class _Operations(DataStore):
     """The operations, each its SQL and a line or two around it, on _read() and _write()."""
     path: str
 
-    @abc.abstractmethod
+    @abstractmethod
     def _read(self, work: Work[T], snapshot: bool = False) -> T:
         """Run work on a connection; with snapshot, all its statements see one moment."""
 
-    @abc.abstractmethod
+    @abstractmethod
     def _write(self, work: Work[T]) -> T:
         """Run work on a connection in a write transaction."""
 
-    def _fetch(self, statement: str, values: Row, load: Callable[..., T]) -> list[T]:
-        return self._read(lambda sql: [load(*row) for row in sql.execute(statement, values).fetchall()])
+    def _fetch(self, statement: str, load: Load[T], cells: Cells | None = None, **names: str) -> Sequence[T]:
+        values = _checked(names, cells)
+        return self._read(lambda sql: load(sql.execute(statement, values).fetchall()))
 
-    def _fetch_each(self, statement: str, names: dict[str, Cell] | None, load: Callable[..., T],
-                    *values: object) -> dict[str, list[T]]:
-        """What load makes of the rows of each name (None: each ref) that has any."""
+    def _fetch_each(self, statement: str, load: Load[T], what: str, names: Iterable[str],
+                    **cells: object) -> dict[str, list[T]]:
+        """What load makes of the rows of each name (_ALL: each ref) that has any."""
+        if isinstance(names, str):
+            raise TypeError(f"{what}s must be several str, not one")
+        values = {name: _checked({what: name}, cells) for name in names}
+
         def work(sql: SQL) -> dict[str, list[T]]:
-            each = names
-            if each is None:
-                each = _names("ref", _ordered(_str(cell) for (cell,) in sql.execute(_REFS)))
-            rows = ((name, sql.execute(statement, (cell, *values)).fetchall()) for name, cell in each.items())
-            return {name: [load(*row) for row in found] for name, found in rows if found}
+            each = values
+            if names is _ALL:
+                refs = sql.execute(_REFS).fetchall()
+                each = {ref: {what: _text(what, ref), **cells} for ref in _ordered(_load_texts(refs))}
+            rows = {name: sql.execute(statement, value).fetchall() for name, value in each.items()}
+            loaded = iter(load([row for found in rows.values() for row in found]))
+            return {name: [*islice(loaded, len(found))] for name, found in rows.items() if found}
 
         return self._read(work, snapshot=True)
 
-    def _execute(self, *statements: tuple[str, Row]) -> int:
-        return self._write(lambda sql: sum(sql.execute(*statement).rowcount for statement in statements))
+    def _execute(self, *statements: str, cells: Cells | None = None, **names: str) -> int:
+        values = _checked(names, cells)
+        return self._write(lambda sql: sum(sql.execute(each, values).rowcount for each in statements))
 
     # -- cache
     def set_cache_entry(self, key: str, value: bytes) -> None:
-        name = _name("key", key)
         try:
             view = memoryview(value)
         except TypeError:
             raise TypeError(f"value must be bytes-like, not {type(value).__name__}") from None
-        self._execute((_SET_CACHE, (name, view if view.c_contiguous else view.tobytes())))
+        self._execute(_SET_CACHE, cells={"value": view if view.c_contiguous else view.tobytes()}, key=key)
 
     def get_cache_entry(self, key: str) -> bytes | None:
-        values = self._fetch(_GET_CACHE, (_name("key", key),), _load_blob)
-        return values[0] if values else None
+        return next(iter(self._fetch(_GET_CACHE, _load_blobs, key=key)), None)
 
     def get_cache_entries(self, keys: Iterable[str]) -> dict[str, bytes]:
-        found = self._fetch_each(_GET_CACHE, _names("key", keys), _load_blob)
-        return {key: values[0] for key, values in found.items()}
+        found = self._fetch_each(_GET_CACHE, _load_blobs, "key", keys)
+        return {key: value for key, [value] in found.items()}
 
     def delete_cache_entry(self, key: str) -> None:
-        self._execute((_DELETE_CACHE, (_name("key", key),)))
+        self._execute(_DELETE_CACHE, key=key)
 
     # -- history
     def record_execution(self, record: ExecutionRecord) -> None:
-        self._execute((_RECORD, _history_row(record)))
-    def get_execution_history(self, ref: str, limit: int = 0) -> list[ExecutionRecord]:
-        return self._fetch(_HISTORY, (_name("ref", ref), _limit(limit)), _load_execution)[::-1]
-    def get_execution_histories(self, refs: Iterable[str], limit: int = 0) -> Histories:
-        return self._histories(_names("ref", refs), limit)
-    def get_all_execution_history(self, limit_per_ref: int = 0) -> Histories:
-        return self._histories(None, limit_per_ref)
+        self._execute(_RECORD, cells=_history_row(record))
 
-    def _histories(self, names: dict[str, Cell] | None, limit: int) -> Histories:
-        found = self._fetch_each(_HISTORY, names, _load_execution, _limit(limit))
+    def get_execution_history(self, ref: str, limit: int = 0) -> list[ExecutionRecord]:
+        return [*reversed(self._fetch(_HISTORY, _load_executions, {"limit": _limit(limit)}, ref=ref))]
+
+    def get_all_execution_history(self, limit_per_ref: int = 0) -> Histories:
+        return self.get_execution_histories(_ALL, limit_per_ref)
+
+    def get_execution_histories(self, refs: Iterable[str], limit: int = 0) -> Histories:
+        found = self._fetch_each(_HISTORY, _load_executions, "ref", refs, limit=_limit(limit))
         return {ref: records[::-1] for ref, records in found.items()}
 
     def list_execution_refs(self) -> list[str]:
-        return _ordered(self._fetch(_REFS, (), _str))
+        return _ordered(self._fetch(_REFS, _load_texts))
+
     def delete_execution_history(self, ref: str) -> None:
-        self._execute((_DELETE_HISTORY, (_name("ref", ref),)))
+        self._execute(_DELETE_HISTORY, ref=ref)
 
     # -- background runs
     def save_background_run(self, run: BackgroundRun) -> None:
-        row = _row(BackgroundRun, run)
-        _name("id", run.id)
-        _name("ref", run.ref)
-        self._execute((_SET_RUN, row))
+        self._execute(_SET_RUN, cells=_row(BackgroundRun, run), id=run.id, ref=run.ref)
 
     def get_background_run(self, id: str) -> BackgroundRun:
-        runs = self._fetch(_GET_RUN, (_name("id", id),), _load_background)
-        if not runs:
-            raise _error(NotFoundError, self.path, f"there is no background run {id!r}")
-        return runs[0]
+        for run in self._fetch(_GET_RUN, _load_background, id=id):
+            return run
+        raise _error(NotFoundError, self.path, f"there is no background run {id!r}")
 
     def get_background_runs(self, ids: Iterable[str]) -> dict[str, BackgroundRun]:
-        found = self._fetch_each(_GET_RUN, _names("id", ids), _load_background)
-        return {id: runs[0] for id, runs in found.items()}
+        return {id: run for id, [run] in self._fetch_each(_GET_RUN, _load_background, "id", ids).items()}
 
     def list_background_runs(self) -> list[BackgroundRun]:
-        return sorted(self._fetch(_LIST_RUNS, (), _load_background), key=lambda run: _utf8(run.id))
+        return sorted(self._fetch(_LIST_RUNS, _load_background), key=lambda run: _utf8(run.id))
+
     def delete_background_run(self, id: str) -> None:
-        self._execute((_DELETE_RUN, (_name("id", id),)))
+        self._execute(_DELETE_RUN, id=id)
 
     # -- process variables
     def create_process_bucket(self, bucket: str) -> None:
-        self._execute((_ADD_BUCKET, (_name("bucket", bucket),)))
+        self._execute(_ADD_BUCKET, bucket=bucket)
 
     def delete_process_bucket(self, bucket: str) -> None:
-        name = (_name("bucket", bucket),)
-        self._execute((_DELETE_VARS, name), (_DELETE_BUCKET, name))
+        self._execute(_DELETE_VARS, _DELETE_BUCKET, bucket=bucket)
 
     def list_process_buckets(self) -> list[str]:
         """The scopes that were made or written to and not deleted, in order."""
-        return _ordered(self._fetch(_LIST_BUCKETS, (), _str))
+        return _ordered(self._fetch(_LIST_BUCKETS, _load_texts))
 
     def set_process_var(self, bucket: str, key: str, value: str) -> None:
-        name = _name("bucket", bucket)
-        self._execute((_SET_VAR, (name, _name("key", key), _text("value", value))), (_ADD_BUCKET, (name,)))
+        self._execute(_SET_VAR, _ADD_BUCKET, cells={"value": _text("value", value)}, bucket=bucket, key=key)
 
     def get_process_var(self, bucket: str, key: str) -> str:
-        values = self._fetch(_GET_VAR, (_name("bucket", bucket), _name("key", key)), _str)
-        if not values:
-            root = "" if bucket == ROOT_BUCKET else " or in root"
-            raise _error(NotFoundError, self.path,
-                         f"there is no variable {key!r} in the scope {bucket!r}{root}")
-        return values[0]
+        for value in self._fetch(_GET_VAR, _load_texts, bucket=bucket, key=key):
+            return value
+        root = "" if bucket == ROOT_BUCKET else " or in root"
+        raise _error(NotFoundError, self.path, f"there is no variable {key!r} in the scope {bucket!r}{root}")
+
+    def _variables(self, bucket: str) -> tuple[dict[str, str], dict[str, str]]:
+        """Those of the scope, and those of root."""
+        rows = self._fetch(_LIST_VARS, lambda rows: [_texts(row) for row in rows], bucket=bucket)
+        own, root = ({key: value for scope, key, value in rows if scope == each}
+                     for each in (bucket, ROOT_BUCKET))
+        return own, root
 
     def get_all_process_vars(self, bucket: str) -> dict[str, str]:
-        rows = self._fetch(_LIST_VARS, (_name("bucket", bucket),), _load_texts)
-        rows.sort(key=lambda row: row[0] == bucket)  # its own last
-        found = {key: value for _, key, value in rows}
-        return {key: found[key] for key in _ordered(found)}
+        own, root = self._variables(bucket)
+        merged = root | own
+        return {key: merged[key] for key in _ordered(merged)}
 
     def get_process_var_keys(self, bucket: str) -> list[str]:
-        rows = self._fetch(_LIST_VARS, (_name("bucket", bucket),), _load_texts)
-        own = {key for scope, key, _ in rows if scope == bucket}
-        return _ordered(own) + _ordered({key for _, key, _ in rows} - own)
+        own, root = self._variables(bucket)
+        return _ordered(own) + _ordered(root.keys() - own.keys())
 
     def delete_process_var(self, bucket: str, key: str) -> None:
-        self._execute((_DELETE_VAR, (_name("bucket", bucket), _name("key", key))))
-
-
-def _load_texts(*row: Any) -> list[str]:
-    return [*map(_str, row)]
+        self._execute(_DELETE_VAR, bucket=bucket, key=key)
 
 
 def _limit(limit: object) -> int:
     return max(_integer("limit", limit), 0) or -1
 
 
-def _record_values(row: list[Any], identity: int | None, process: str) -> list[Any]:
-    return [*row, identity, process, identity, row[0], row[6]]
-
-
-def _history_row(record: ExecutionRecord, process: str = "") -> list[Any]:
+def _history_row(record: ExecutionRecord, process: str = "") -> Cells:
     row = _row(ExecutionRecord, record)
     _name("ref", record.ref)
     identity = zlib.crc32(_utf8(f"{record.ref}\0{record.id}")) if record.id else None
-    return _record_values(row, identity, process)
+    return {**row, "identity": identity, "process": process}
 
 
 class SQLiteDataStore(_Operations):
@@ -1106,11 +1168,11 @@ class SQLiteDataStore(_Operations):
             raise ValueError("a store is a file, since each operation opens it; and no path has a NUL")
         try:
             self.path = os.path.abspath(path or default_path())
+            _refuse_planted(self.path, "")
+            self._file = os.path.realpath(self.path)
         except OSError as error:  # the current folder has been removed
             raise _translated(error, path) from error
         self._timeout = min(timeout, 1e6)  # about what SQLite and time.sleep() understand
-        self._file = _resolved(self.path)
-        self._operation = _Operation(self._file)
         self._known_schema: int | None = None  # SQLite's schema cookie when it was last found to be ours
         self._prepare()
 
@@ -1118,17 +1180,19 @@ class SQLiteDataStore(_Operations):
         return f"{type(self).__name__}({self.path!r})"
 
     def _prepare(self) -> None:
-        with self._operation, _Connection(self) as connection:
-            connection.open(make=True)
+        with _Connection(self) as connection:
             connection.prepare()
 
+    def _exists(self) -> bool:
+        with _Connection(self) as connection:
+            return connection.open(make=False)
+
     def _read(self, work: Work[T], snapshot: bool = False) -> T:
-        with self._operation, _Connection(self) as connection:
-            return connection.read(work) if connection.open(make=False) else _read_blank(work)
+        with _Connection(self) as connection:
+            return connection.read(work)
 
     def _write(self, work: Work[T]) -> T:
-        with self._operation, _Connection(self) as connection:
-            connection.open(make=True)
+        with _Connection(self) as connection:
             return connection.write(work)
 
     def session(self) -> AbstractContextManager[_Session]:
@@ -1150,11 +1214,9 @@ class SQLiteDataStore(_Operations):
         gone = self._gone()
         return self._write(lambda sql: _mark_gone(sql, gone)) if gone else 0
 
-    def _gone(self) -> list[tuple[Any, ...]]:
-        """Table, ref, id, pid and start (as cells) of what is recorded as running and is gone."""
-        running = self._fetch(
-            _RUNNING, (), lambda *row: (row, _exactly(int, row[3]), _time(_str(row[4])), _str(row[5])))
-        return [row[:5] for row, pid, started_at, note in running if _is_gone(pid, started_at, note)]
+    def _gone(self) -> Sequence[Row]:
+        """The rows of _RUNNING whose process is gone."""
+        return self._fetch(_RUNNING, _load_gone)
 
     def prune(self, keep: int | None = None, before: datetime | None = None) -> PruneSummary:
         """Delete, per ref, all but the newest `keep` records and background runs, and those that started
@@ -1165,22 +1227,23 @@ class SQLiteDataStore(_Operations):
         deleted = dict.fromkeys(_PRUNE, 0)
         with self.session() as session:
             for table, (refs, *statements) in _PRUNE.items():
-                for ref in session._fetch(refs, (), lambda cell: cell):
+                for (ref,) in session._fetch(refs, list):
                     for statement, limit in zip(statements, limits, strict=True):
-                        while limit is not None and (step := session._execute((statement, (ref, limit)))):
+                        cells = {"ref": ref, "limit": limit}
+                        while limit is not None and (step := session._execute(statement, cells=cells)):
                             deleted[table] += step
-            free = [0]
-            while free != (free := session._fetch("PRAGMA freelist_count", (), int)) and free[0]:
+            free: Sequence[Row] = ()
+            while free != (free := session._fetch("PRAGMA freelist_count", list)) and free[0][0]:
                 session._write(lambda sql: [*sql.execute(f"PRAGMA incremental_vacuum({_PRUNE_STEP})")])
-            with session._operation:
-                session._connection.begin_write()
-                session._connection.checkpoint()  # which cuts the file
+            with session._connection as connection:
+                connection.begin_write()
+                connection.checkpoint()  # which cuts the file
         return PruneSummary(**deleted)
 
     def backup(self, target: Path) -> None:
         """Copy the store, as it is at one moment, to a new file; StoreError where something is there."""
         target = os.path.abspath(os.fsdecode(target))
-        with self._operation, _Connection(self) as connection:
+        with _Connection(self) as connection:
             if not connection.open(make=False):
                 raise _error(StoreError, self.path, "there is no store here to copy")
             connection.read(lambda sql: None)  # is it a store?
@@ -1206,68 +1269,54 @@ def _copy(sql: SQL, target: str) -> None:
         _disconnect(copy)
 
 
-def _resolved(path: str) -> str:
-    """The file behind a path's links; one that another user may have planted is refused."""
-    try:
-        entry, folder = os.lstat(path), os.stat(os.path.dirname(path))
-    except OSError:
-        return os.path.realpath(path)
-    ours = os.name != "posix" or entry.st_uid in (os.geteuid(), folder.st_uid)
-    if folder.st_mode & stat.S_IWOTH and not ours:
-        raise _error(StoreError, path, "another user has put this into a folder that anyone may write to:"
-                     " name a path in a folder of your own")
-    return os.path.realpath(path)
-
-
 class _Session(_Operations):
     """What session() and transaction() yield: the operations on one connection, for one thread."""
     def __init__(self, store: SQLiteDataStore, atomic: bool, connection: _Connection | None = None) -> None:
         self.path = store.path
         self._store = store
         self._atomic = atomic  # a transaction, in which all operations take effect together
-        self._operation = store._operation
-        self._connection = connection or _Connection(store)
+        self._connection = connection or _Connection(store, held=True)
         self._borrowed = connection is not None
         self._owner: tuple[int, int] | None = None  # while it is open: its thread, and the forks before it
 
     def __enter__(self) -> Self:
         if self._owner:
             raise RuntimeError(f"{self.path}: this session or transaction is open already")
-        owner = threading.get_ident(), _process.forks
-        with self._operation:
-            try:
-                if not self._borrowed:
-                    self._connection.open(make=True)
+        self._owner = get_ident(), _process.forks
+        try:
+            with self._connection as connection:
                 if self._atomic:
-                    self._connection.begin_write()
-                    _process.transactions.add((owner[0], self._connection.file))
+                    connection.begin_write()
+                    _process.transactions[self._owner[0], connection.file] = self
                 else:
-                    self._connection.prepare()
-            except BaseException:
-                if not self._borrowed:
-                    self._connection.close()
-                raise
-        self._owner = owner
+                    connection.prepare()
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        owner, self._owner = self._owner, None
-        if owner and owner[1] == _process.forks:  # else it is the parent's: even closing it would harm that
-            with self._operation:
-                try:
-                    if self._atomic and kind is None:
+        if self._owner and self._owner[1] == _process.forks:  # else the parent's: closing it would harm that
+            try:
+                if self._atomic and kind is None:
+                    with self._connection as connection:
                         self._check_alive()
-                        self._connection.commit()
-                finally:
-                    if self._atomic:
-                        _process.transactions.discard((owner[0], self._connection.file))
-                    if self._borrowed:
-                        self._connection.rollback()
-                    else:
-                        self._connection.close()
+                        connection.commit()
+            finally:
+                self._end()
+
+    def _end(self) -> None:
+        thread = self._owner[0] if self._owner else 0
+        with self._connection as connection:
+            if self._atomic and _process.transactions.get((thread, connection.file), self) is self:
+                _process.transactions.pop((thread, connection.file), None)
+                connection.rollback()
+            if not self._borrowed:
+                connection.close()
+        self._owner = None
 
     def _check_open(self) -> None:
-        if self._owner != (threading.get_ident(), _process.forks):
+        if self._owner != (get_ident(), _process.forks):
             reason = "is of another thread or before a fork: open one here" if self._owner else "is not open"
             raise RuntimeError(f"{self.path}: this session or transaction {reason}")
         if self._atomic:
@@ -1280,11 +1329,10 @@ class _Session(_Operations):
 
     def _read(self, work: Work[T], snapshot: bool = False) -> T:
         self._check_open()
-        with self._operation:
-            connection = self._connection
-            if connection.sql.in_transaction:
+        with self._connection as connection:
+            if connection.sql and connection.sql.in_transaction:
                 return work(connection.sql)
-            if not snapshot and not connection.seen:
+            if connection.sql and not snapshot and not connection.seen:
                 try:
                     return work(connection.sql)
                 except sqlite3.OperationalError:
@@ -1295,8 +1343,8 @@ class _Session(_Operations):
         if self._atomic:
             return self._read(work)
         self._check_open()
-        with self._operation:
-            return self._connection.write(work)
+        with self._connection as connection:
+            return connection.write(work)
 
     def transaction(self) -> AbstractContextManager[_Session]:
         self._check_open()
@@ -1317,7 +1365,7 @@ def destroy_store(path: Path | None = None) -> None:
     """Remove a store's file with all that is in it; a missing one is no error, what isn't a store is refused.
     StoreBusyError where somebody keeps it open for longer than 3 seconds: the empty file is left."""
     store = _ExistingStore(path)
-    with store._operation, _Connection(store) as connection:
+    with _Connection(store) as connection:
         if not connection.open(make=False):
             return
         if connection.begin(write=True):  # not alone with it yet: waiting for that would starve under load
@@ -1330,8 +1378,6 @@ def destroy_store(path: Path | None = None) -> None:
         try:
             while not _unlink(connection):
                 connection.close()
-                if not connection.open(make=False):
-                    return
         except StoreBusyError:
             raise _error(StoreBusyError, store.path, "the store has been emptied, but another process keeps"
                          " it open, so only the empty file is left: end that and do it again") from None
@@ -1342,34 +1388,25 @@ def _unlink(connection: _Connection) -> bool:
 
     Out of WAL mode, in which others could go on writing to it when nameless, and a new file meet its -wal.
     """
+    if connection.begin(write=False) or not connection.sql:
+        return True  # somebody has made a new store of it, which stays, or has removed it
+    connection.rollback()
     sql = connection.sql
     try:
-        if connection.begin(write=False):
-            return True  # somebody has made a new store of it, which stays
-        connection.rollback()
         sql.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
-        sql.execute("PRAGMA journal_mode = DELETE").fetchall()
+        sql.execute("PRAGMA journal_mode = MEMORY").fetchall()
         sql.execute("BEGIN EXCLUSIVE")
         if connection.identify():
             return True
-        sql.execute("PRAGMA user_version = 0")
+        if connection.has_moved():
+            return False
         if os.name == "nt":  # it can't unlink what is open, and refuses to where anybody else has it open
             connection.close()
-        for name in (connection.file + "-journal", connection.file):
-            try:
-                os.unlink(name)
-            except FileNotFoundError:
-                pass
-        if os.name != "nt":
-            sql.execute("ROLLBACK")  # a mere close would unlink the journal by name, by now perhaps another's
+        os.unlink(connection.file)
         return True
     except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode == sqlite3.SQLITE_READONLY_DBMOVED:
-            return False
-        if _code(error) not in _BUSY:
-            raise
-    connection.wait()
-    return False
+        connection.wait_out(error)
+        return False
 
 
 def migrate_process_buckets(path: Path | None = None) -> list[str]:
@@ -1377,7 +1414,7 @@ def migrate_process_buckets(path: Path | None = None) -> list[str]:
 
     A variable that is there wins; NULL becomes "", a BLOB or number its text; of equal keys the last counts.
     """
-    if not os.path.lexists(_ExistingStore(path)._file):
+    if not _ExistingStore(path)._exists():
         return []
     store = SQLiteDataStore(path)
     return store._write(_move_legacy_tables) if store._read(_legacy_tables) else []
@@ -1386,7 +1423,8 @@ def migrate_process_buckets(path: Path | None = None) -> list[str]:
 def _plain_tables(sql: SQL) -> list[str]:
     """The tables that are neither virtual nor SQLite's own, nor of a name that is no UTF-8."""
     sql.text_factory = _str
-    rows = sql.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND sql LIKE 'CREATE TABLE %'")
+    rows = sql.execute("""
+        SELECT CAST(name AS TEXT) FROM sqlite_master WHERE type = 'table' AND sql LIKE 'CREATE TABLE %'""")
     return [name for name, in rows if _folded(name)[:7] != "sqlite_" and isinstance(_text("name", name), str)]
 
 
@@ -1404,8 +1442,9 @@ def _move_legacy_tables(sql: SQL) -> list[str]:
         # not by an index: the last row is that of the table's own order
         rows = sql.execute(f"SELECT key, value FROM {_quoted(name)} NOT INDEXED")
         variables = {_legacy_text(key): _legacy_text(value) for key, value in rows}
-        sql.execute(_ADD_BUCKET, (name,))
-        sql.executemany(_ADD_VAR, ((name, key, value) for key, value in variables.items()))
+        sql.execute(_ADD_BUCKET, {"bucket": name})
+        for key, value in variables.items():
+            sql.execute(_ADD_VAR, {"bucket": name, "key": key, "value": value})
         sql.execute(f"DROP TABLE {_quoted(name)}")
     return moved
 
@@ -1440,14 +1479,14 @@ class Execution:
             import uuid
 
             id = str(uuid.uuid4())
-        self._name = _name("id", id)
+        _name("id", id)
         if id == ROOT_BUCKET or len(_utf8(id)) > 255 or not set("\0:/ ").isdisjoint(id):
             raise ValueError("id must have at most 255 bytes, no NUL, colon, slash or space, and not be root")
         try:
             working_dir = os.getcwd()
         except OSError:  # it has been removed
             working_dir = ""
-        self._record = ExecutionRecord(ref, datetime.now(timezone.utc), id=id, **{
+        self._record = ExecutionRecord(ref, _now(), id=id, **{
             "source": run_env_value(RUN_SOURCE_ENV) or RUN_SOURCE_CLI,
             "client_name": run_env_value(RUN_CLIENT_ENV), "session_id": run_env_value(RUN_SESSION_ENV),
             "working_dir": working_dir, **fields})
@@ -1462,9 +1501,9 @@ class Execution:
     def __enter__(self) -> Self:
         self._began = time.monotonic_ns()
         self._record = self._record._replace(
-            started_at=datetime.now(timezone.utc), status=RunStatus.RUNNING, pid=os.getpid())
+            started_at=_now(), status=RunStatus.RUNNING, pid=os.getpid())
         row = _history_row(self._record, _process_note(os.getpid()))
-        self._store._execute((_RECORD, row), (_ADD_BUCKET, (self._name,)))
+        self._store._execute(_RECORD, _ADD_BUCKET, cells=row, bucket=self.bucket)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -1476,11 +1515,10 @@ class Execution:
         row = _history_row(self._record._replace(
             status=RunStatus.FAILED if self.exit_code or self.error else RunStatus.COMPLETED,
             exit_code=self.exit_code, error=_str(self.error.encode("utf-8", "backslashreplace")),
-            log_archive_id=self.log_archive_id, completed_at=datetime.now(timezone.utc),
+            log_archive_id=self.log_archive_id, completed_at=_now(),
             duration=timedelta(microseconds=(time.monotonic_ns() - self._began) // 1000)))
         try:
-            name = (self._name,)
-            self._store._execute((_RECORD, row), (_DELETE_VARS, name), (_DELETE_BUCKET, name))
+            self._store._execute(_RECORD, _DELETE_VARS, _DELETE_BUCKET, cells=row, bucket=self.bucket)
         except StoreError as failure:
             if error is None:
                 raise
@@ -1511,6 +1549,13 @@ def _process_note(pid: int) -> str:
         return ""
 
 
+def _load_gone(rows: list[Row]) -> list[Row]:
+    pids, times, notes = ([row[at] for row in rows] for at in (3, 4, 5))
+    starts: Sequence[datetime] = _only(datetime, _times(_texts(times)))
+    judged = zip(rows, _only(int, pids), starts, _texts(notes), strict=True)
+    return [row for row, pid, start, note in judged if _is_gone(pid, start, note)]
+
+
 def _is_gone(pid: int, started_at: datetime, note: str) -> bool:
     noted, here = note.split(" "), _process_note(pid).split(" ")
     if len(noted) == 4:
@@ -1535,17 +1580,19 @@ def _is_gone(pid: int, started_at: datetime, note: str) -> bool:
     return booted + int(start) / os.sysconf("SC_CLK_TCK") > started_at.timestamp() + 2  # s: clocks are set
 
 
-def _mark_gone(sql: SQL, gone: list[tuple[Any, ...]]) -> int:
-    now, count = _instant("now", datetime.now(timezone.utc)), 0
-    for table, ref, id, pid, started_at in gone:
+def _mark_gone(sql: SQL, gone: Iterable[Row]) -> int:
+    now, count = _instant("now", _now()), 0
+    for table, ref, id, pid, started_at, _ in gone:
+        cells = {"ref": ref, "id": id, "pid": pid, "start": started_at,
+                 "now": now, "error": _GONE, "bucket": id}
         changed = sql.execute(f"""
-            UPDATE {table} SET status = 'failed', error = ?, completed_at = ?
-            WHERE status = 'running' AND ref = ? AND started_at = ? AND id = ? AND pid = ?""",
-            (_GONE, now, ref, started_at, id, pid)).rowcount
-        alive = sql.execute("SELECT 1 FROM history WHERE status = 'running' AND id = ?", (id,)).fetchone()
+            UPDATE {table} SET status = 'failed', error = :error, completed_at = :now
+            WHERE status = 'running' AND ref = :ref AND started_at = :start AND id = :id AND pid = :pid""",
+            cells).rowcount
+        alive = sql.execute("SELECT 1 FROM history WHERE status = 'running' AND id = :id", cells).fetchone()
         if changed and not alive and id not in ("", ROOT_BUCKET):
-            sql.execute(_DELETE_VARS, (id,))
-            sql.execute(_DELETE_BUCKET, (id,))
+            sql.execute(_DELETE_VARS, cells)
+            sql.execute(_DELETE_BUCKET, cells)
         count += changed
     return count
 
@@ -1605,7 +1652,7 @@ def _add_entries(sql: sqlite3.Connection, file: _BoltFile) -> dict[str, int]:
     """Scopes once were at the top; a nested one wins. A faulty migration moved runs into one."""
     counts = dict.fromkeys(ImportSummary._fields[:-1], 0)
 
-    def add(kind: str, statement: str, *cells: Any) -> None:
+    def add(kind: str, statement: str, **cells: Any) -> None:
         counts[kind] += sql.execute(statement, cells).rowcount
 
     known = "cache", "history", "background", "process"
@@ -1617,24 +1664,24 @@ def _add_entries(sql: sqlite3.Connection, file: _BoltFile) -> dict[str, int]:
                 case (None,) | (b"history" | b"process", None):
                     if path != (b"history",) and name not in (("background",) if path else known):
                         counts["legacy_scopes"] += not path
-                        add("process_buckets", _ADD_BUCKET, name)
+                        add("process_buckets", _ADD_BUCKET, bucket=name)
                 case (b"cache",):
-                    add("cache", _ADD_CACHE, name, value)
+                    add("cache", _ADD_CACHE, key=name, value=value)
                 case (b"history", ref) if data := _json(value):
                     if data.get("id") or len(key) != 8:
                         data["id"], identity = _str(key), zlib.crc32(ref + b"\0" + key)
                     else:  # known again by its number and JSON
                         identity = (zlib.crc32(key) << 32 | zlib.crc32(value)) - (1 << 63)
                     row = _row_of_dict(ExecutionRecord, {**data, "ref": _str(ref)})
-                    add("history", _ADD_RECORD, *_record_values(row, identity, ""))
+                    add("history", _ADD_RECORD, **row, identity=identity, process="")
                 case (b"background",) | (b"process", b"background") if (data := _json(value)) and (
                         not path[1:] or (data.get("id") == name and {"pid", "ref", "status"} <= data.keys())):
                     row = _row_of_dict(BackgroundRun, {"ref": "", **data, "id": _str(key)})
-                    add("recovered_runs" if path[1:] else "background", _ADD_RUN, *row)
+                    add("recovered_runs" if path[1:] else "background", _ADD_RUN, **row)
                 case (b"process", _):
                     if scope == "background":
-                        add("process_buckets", _ADD_BUCKET, scope)
-                    add("process_vars", _ADD_VAR, scope, name, _cell(value))
+                        add("process_buckets", _ADD_BUCKET, bucket=scope)
+                    add("process_vars", _ADD_VAR, bucket=scope, key=name, value=_cell(value))
                 case (_,) if scope not in known:
                     sql.execute("INSERT INTO legacy VALUES (?, ?, ?)", (scope, name, _cell(value)))
                 case _:
@@ -1780,8 +1827,10 @@ def _parse(argv: list[str]) -> Any:
             kind = {"type": kinds[flag]} if flag in kinds else {"action": "store_true"}
             parser.add_argument(flag, **kind)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-    options = parser.parse_intermixed_args(argv[:end])
+    options, others = parser.parse_known_intermixed_args(argv[:end])
     options.error, options.command = parser.error, argv[end + 1 :]
+    if others:  # not repeated: they may be the value of a variable
+        parser.error("unknown options: put -- before words that begin with a dash")
     options.words += [] if name == "run" else options.command
     if name not in ("import", "backup"):  # as UTF-8, in whatever encoding the terminal is
         options.words = [_str(os.fsencode(word)) for word in options.words]
@@ -1791,15 +1840,15 @@ def _parse(argv: list[str]) -> Any:
 def _age_or_date(text: str) -> datetime:
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
     if text[-1:] in units and text[:-1].isdecimal():
-        return datetime.now(timezone.utc) - timedelta(seconds=int(text[:-1]) * units[text[-1]])
+        return _now() - timedelta(seconds=int(text[:-1]) * units[text[-1]])
     return datetime.fromisoformat(text).astimezone(timezone.utc)
 
 
 def _store(options: Any) -> SQLiteDataStore:
     store = _ExistingStore(options.store)
-    named = options.store or os.environ.get("FLOWSTORE_PATH")
     original = os.path.join(os.path.dirname(store.path), "store.db")
-    if not named and os.path.exists(original) and not os.path.lexists(store.path):
+    if not (options.store or os.environ.get("FLOWSTORE_PATH")) and (
+            os.path.exists(original) and not store._exists()):
         _complain(f"the original's store is here too, bring it over with `flowstore import {original}`")
     return store
 
@@ -1821,7 +1870,10 @@ def _answer(options: Any) -> Any:
             return variables, _table("KEY VALUE", [*variables.items()])
         case ["clear"] if options.all:
             destroy_store(store.path)
-        case ["remove", _] | ["clear"] if not os.path.lexists(store.path):
+        case ["prune"]:
+            pruned = store.prune(options.keep, options.before) if store._exists() else PruneSummary()
+            return pruned._asdict()
+        case ["remove", _] | ["clear"] if not store._exists():
             pass
         case ["remove", key]:
             store.delete_process_var(bucket, key)
@@ -1842,9 +1894,6 @@ def _answer(options: Any) -> Any:
             return {**found._asdict(), "problems": problems}
         case ["migrate"]:
             return migrate_process_buckets(store.path)
-        case ["prune"]:
-            exists = os.path.lexists(store.path)
-            return (store.prune(options.keep, options.before) if exists else PruneSummary())._asdict()
         case ["backup", file]:
             store.backup(file)
         case ["check"]:
@@ -1858,20 +1907,21 @@ def _answer(options: Any) -> Any:
 
 def _reconciled(store: SQLiteDataStore, table: str, read: Callable[[], list[Record]]) -> list[Record]:
     """What read() returns once the store is reconciled, also where that can't be saved."""
-    gone = {(_str(ref), _str(id), pid, _time(_str(start)))
-            for kind, ref, id, pid, start in store._gone() if kind == table}
+    gone = {(_str(ref), _str(id), _str(start)[:26], pid)
+            for kind, ref, id, pid, start, _ in store._gone() if kind == table}
     try:
         store.reconcile()
     except StoreError:
         pass
     return [run._replace(status=RunStatus.FAILED, error=_GONE) if run.status == RunStatus.RUNNING
-            and (run.ref, run.id, run.pid, run.started_at) in gone else run for run in read()]
+            and (run.ref, run.id, _instant("", run.started_at)[:26], run.pid) in gone else run
+            for run in read()]
 
 
 def _history(store: SQLiteDataStore, ref: list[str], limit: int) -> tuple[Any, str]:
     def read() -> list[ExecutionRecord]:
         # the newest of all are runs of the refs that ran last
-        refs = ref or store._fetch(_NEWEST_REFS, (limit or -1,), _str)
+        refs = ref or store._fetch(_NEWEST_REFS, _load_texts, {"limit": limit or -1})
         histories = store.get_execution_histories(refs, limit).values()
         records = [record for history in histories for record in reversed(history)]
         return sorted(records, key=lambda record: record.started_at, reverse=True)[: limit or None]
@@ -1886,32 +1936,35 @@ def _history(store: SQLiteDataStore, ref: list[str], limit: int) -> tuple[Any, s
                      _shown_time(record.started_at), record.ref, f"{seconds:.3f}", str(record.exit_code),
                      record.error or record.label or record.command])
         if status != RunStatus.RUNNING:
-            spans.setdefault(_escaped(record.ref), []).append(seconds)
+            spans.setdefault(_escaped(record.ref), []).insert(0, seconds)
     text = _table(" STARTED REF SECONDS EXIT NOTE", rows)
     if os.isatty(1):
         for mark, colour in () if os.environ.get("NO_COLOR") else marks.values():
             text = text.replace(f"\n{mark}", f"\n\033[{colour}m{mark}\033[0m")
         for name, values in spans.items():
-            top = max(*values, 1e-6)
-            bars = ["▁▂▃▄▅▆▇█"[max(0, min(7, int(value / top * 8)))] for value in reversed(values)]
-            text += f"{name}  {''.join(bars)}\n" * (len(bars) > 1)
+            scale = 7.99 / max(*values, 1e-6)
+            bars = "".join("▁▂▃▄▅▆▇█"[max(0, int(value * scale))] for value in values)
+            text += f"{name}  {bars}\n" * (len(bars) > 1)
     return [record.to_dict() for record in records], text
 
 
 def _verified(store: SQLiteDataStore) -> dict[str, Any]:
-    if not os.path.lexists(store.path):
-        raise StoreError(f"{store.path}: there is no store here yet: `flowstore set` makes one", store.path)
-    names = ("check", "size", "free", "schema", "sqlite", *_TABLES)
-    counts = ", ".join(f"(SELECT count(*) FROM {table})" for table in _TABLES)
-    [row, *_] = store._fetch(f"""
-        SELECT quick_check, page_count * page_size, freelist_count * page_size, user_version,
-            sqlite_version(), {counts}
-        FROM pragma_quick_check, pragma_page_size, pragma_page_count, pragma_freelist_count,
-            pragma_user_version""",
-        (), lambda *row: row)
-    if row[0] != "ok":
-        raise CorruptStoreError(f"{store.path}: {row[0]}: restore a backup, or move it away", store.path)
-    return dict(zip(("path", *names), (store.path, *row), strict=True))
+    def work(sql: SQL) -> dict[str, Any]:
+        def one(statement: str) -> Any:
+            return sql.execute(statement).fetchone()[0]
+
+        page = one("PRAGMA page_size")
+        return {"path": store.path, "check": one("PRAGMA quick_check(1)"),
+                "size": page * one("PRAGMA page_count"), "free": page * one("PRAGMA freelist_count"),
+                "schema": one("PRAGMA user_version"), "sqlite": sqlite3.sqlite_version,
+                **{table: one(f"SELECT count(*) FROM {table}") for table in _TABLES}}
+
+    if not store._exists():
+        raise _error(StoreError, store.path, "there is no store here yet: `flowstore set` makes one")
+    found = store._read(work, snapshot=True)
+    if found["check"] != "ok":
+        raise _error(CorruptStoreError, store.path, f"{found['check']}: restore a backup, or move it away")
+    return found
 
 
 def _run(options: Any, ref: str) -> int:
@@ -1954,8 +2007,7 @@ def _call(command: list[str], env: dict[str, str] | None) -> tuple[int, str]:
         children.append(child := subprocess.Popen(command, env=env, close_fds=False))
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
-        reason = f"command {'not found' if missing else 'can not be executed'}: {command[0]}"
-        _complain(reason)
+        _complain(reason := f"command {'not found' if missing else 'can not be executed'}: {command[0]}")
         return 127 if missing else 126, reason
     for number in early:
         child.send_signal(number)
@@ -2008,8 +2060,8 @@ def _shown_time(moment: datetime) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """The command line. Ends by SystemExit: 0 done, 1 not found or failed, 2 wrong usage; run: the command's
-    own."""
+    """The command line. Ends by SystemExit: 0 done, 1 not found or failed, 2 wrong usage; run: the
+    command's own."""
     try:
         try:
             options = _parse([*(sys.argv[1:] if argv is None else argv)])
@@ -2033,11 +2085,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         status = 130
     except (StoreError, OSError, ValueError, OverflowError) as error:
+        status = 1 if isinstance(error, (StoreError, OSError)) else 2
         if isinstance(error, OSError) and sys.stdout is not None:  # nothing is tried again at the exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if not isinstance(error, BrokenPipeError):  # the reader has seen enough
             _complain(str(error))
-        status = 1 if isinstance(error, (StoreError, OSError)) else 2
     sys.exit(status)
 
 

@@ -3337,6 +3337,11 @@ def overtaken(use, *arguments):
     return resume
 
 
+def set_mine(context):
+    with context as user:
+        user.set_cache_entry("mine", b"mine")
+
+
 def use_for_a_while(file_path, seconds, kind, number):
     """A log of writes, each read back, or of destroys: (from, to, whether it was there; None: a destroy)."""
     store, dice, end, log, step = None, random.Random(number), time.monotonic() + seconds, [], 0
@@ -3382,6 +3387,48 @@ class TestDestroy:
         assert files(file_path) == ["store.db"] and intact(file_path)
         flowstore.destroy_store(file_path)
         assert files(file_path) == []
+
+    @pytest.mark.parametrize("others", ["destroy", "make anew", "hold"])
+    @pytest.mark.parametrize("use", [
+        lambda store: store.get_cache_entry("key"),
+        lambda store: store.set_cache_entry("mine", b"mine"),
+        lambda store: flowstore.SQLiteDataStore(store.path).get_cache_entry("key"),
+        lambda store: [*map(set_mine, [store.session()])],
+        lambda store: [*map(set_mine, [store.transaction()])],
+    ], ids=["read", "write", "open", "session", "transaction"])
+    def test_overtaken_between_open_and_lock_uses_the_new_store(self, file_path, use, others):
+        store = flowstore.SQLiteDataStore(file_path)
+        store.set_cache_entry("key", b"old")
+        resume = overtaken(use, store)
+        flowstore.destroy_store(file_path)
+        expected, holder = None, None
+        if others != "destroy":
+            expected = b"new"
+            store.set_cache_entry("key", expected)
+        if others == "hold":
+            holder = Held(store.session, lambda session: session.get_cache_entry("key"))
+            store.set_cache_entry("key", expected := b"newer")  # only in the WAL, while that is held
+        found = resume()
+        if isinstance(found, bytes):
+            assert found == expected
+        assert store.get_cache_entry("key") == expected
+        if holder:
+            assert holder.result() == expected
+        assert store.get_cache_entry("key") == expected
+        wrote = use.__code__.co_names[-1] != "get_cache_entry"
+        assert store.get_cache_entry("mine") == (b"mine" if wrote else None)
+        assert files(file_path) in (["store.db"], []) and (not files(file_path) or intact(file_path))
+
+    def test_killed_destroyer_leaves_what_the_next_open_clears(self, file_path):
+        dice = random.Random(5)
+        for _ in range(60):
+            store = flowstore.SQLiteDataStore(file_path)
+            store.set_cache_entry("key", bytes(10_000))
+            child = Forked(flowstore.destroy_store, file_path)
+            time.sleep(dice.random() * 0.006)
+            child.kill()
+            flowstore.SQLiteDataStore(file_path).set_cache_entry("another", b"")
+            assert files(file_path) == ["store.db"] and intact(file_path)
 
     def test_store_that_somebody_holds_is_emptied_and_stays(self, file_path):
         store = flowstore.SQLiteDataStore(file_path)

@@ -32,7 +32,8 @@ import flowstore
 RECORD, RUN = (", ".join(cls._fields) for cls in (flowstore.ExecutionRecord, flowstore.BackgroundRun))
 GET = "SELECT value FROM cache WHERE key = ?"
 SET = "INSERT INTO cache VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = ?2"
-ADD_RECORD = f"INSERT INTO history ({RECORD}, identity, process) VALUES ({'?, ' * 18}?)"
+ADD_RECORD = f"""INSERT INTO history ({RECORD}, identity, process)
+    VALUES (:{RECORD.replace(", ", ", :")}, :identity, :process)"""
 NEWEST = f"SELECT {RECORD} FROM history WHERE ref = ? ORDER BY started_at DESC LIMIT 10"
 CREATE = [*zip(("PRAGMA journal_mode = WAL", "BEGIN IMMEDIATE", *map("CREATE {}".format, flowstore._SCHEMA.values()),
                 f"PRAGMA application_id = {flowstore._APPLICATION_ID}", "PRAGMA user_version = 1", "COMMIT"))]
