@@ -15,6 +15,7 @@ Copyright (c) 2026 The flowstore authors. Licence: MIT. SPDX-License-Identifier:
 
 from __future__ import annotations
 
+import codecs
 import gc
 import mmap
 import os
@@ -1614,23 +1615,27 @@ class ImportSummary(NamedTuple):
 
 
 def import_bolt(source: Path, path: Path | None = None) -> ImportSummary:
-    """Add what a file of the original has in one transaction. What the store has wins, so a
-    second import changes nothing. The source is only read, under a shared lock."""
+    """Add what a file of the original has in one transaction. What the store has wins, so a second
+    import changes nothing. The source is only read, under a shared lock."""
     source = os.path.abspath(os.fsdecode(source))
     store = _ExistingStore(path)  # made by the write: not for a bad source
     try:
         if os.path.realpath(source) in _process.connections.values():  # opening it here would drop its locks
             raise ValueError("a store that this process has open")
+        if not stat.S_ISREG(os.stat(source).st_mode):  # to open a pipe would wait
+            raise ValueError("no regular file")
         with open(source, "rb") as stream, open(source, "rb") as lock:  # the map keeps what is under stream
+            # without it a writer could cut the file, which would kill who reads the map (SIGBUS)
             _share_lock(lock, source, time.monotonic() + store._timeout)
             file = _BoltFile(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
             counts = store._write(lambda sql: _add_entries(sql, file))
-    except StoreError:
-        raise
     except (OSError, ValueError) as error:  # ValueError: no bbolt file, or empty
+        if isinstance(error, StoreError):
+            raise
         kind = StoreError if isinstance(error, OSError) else CorruptStoreError
         raise kind(f"{source}: {error}: name a file of the original", source) from None
-    return ImportSummary(**counts, problems=tuple(file.problems))
+    more = [("", "", f"and {file.unnamed} more")] if file.unnamed else []
+    return ImportSummary(**counts, problems=(*file.problems, *more))
 
 
 def _share_lock(stream: Any, source: str, deadline: float) -> None:
@@ -1648,48 +1653,53 @@ def _share_lock(stream: Any, source: str, deadline: float) -> None:
             break
 
 
-def _add_entries(sql: sqlite3.Connection, file: _BoltFile) -> dict[str, int]:
+def _add_entries(sql: SQL, file: _BoltFile) -> dict[str, int]:
     """Scopes once were at the top; a nested one wins. A faulty migration moved runs into one."""
     counts = dict.fromkeys(ImportSummary._fields[:-1], 0)
 
     def add(kind: str, statement: str, **cells: Any) -> None:
         counts[kind] += sql.execute(statement, cells).rowcount
+        if value and len(value) > _LARGE:  # bound until something else is: NULL, which is IGNOREd
+            sql.execute(statement, dict.fromkeys(cells))
 
-    known = "cache", "history", "background", "process"
-    sql.execute("CREATE TEMP TABLE legacy (bucket, key, value)")
-    for path, key, value in file.entries((), file.root):
-        name, scope = _cell(key), _cell(path[-1]) if path else ""
+    for path, key, value in file.entries():
+        name = _cell(key)
         try:
             match path if value is not None else (*path, None):
                 case (None,) | (b"history" | b"process", None):
-                    if path != (b"history",) and name not in (("background",) if path else known):
+                    if path != (b"history",) and key not in (_CONCERNS[:1] if path else _CONCERNS):
                         counts["legacy_scopes"] += not path
                         add("process_buckets", _ADD_BUCKET, bucket=name)
                 case (b"cache",):
                     add("cache", _ADD_CACHE, key=name, value=value)
-                case (b"history", ref) if data := _json(value):
-                    if data.get("id") or len(key) != 8:
-                        data["id"], identity = _str(key), zlib.crc32(ref + b"\0" + key)
+                case (b"history", _):
+                    row = _row_of_dict(ExecutionRecord, _go_object(value))
+                    if row["id"] or len(key) != 8:
+                        row["id"], identity = name, zlib.crc32(path[1] + b"\0" + key)
                     else:  # known again by its number and JSON
                         identity = (zlib.crc32(key) << 32 | zlib.crc32(value)) - (1 << 63)
-                    row = _row_of_dict(ExecutionRecord, {**data, "ref": _str(ref)})
-                    add("history", _ADD_RECORD, **row, identity=identity, process="")
-                case (b"background",) | (b"process", b"background") if (data := _json(value)) and (
-                        not path[1:] or (data.get("id") == name and {"pid", "ref", "status"} <= data.keys())):
-                    row = _row_of_dict(BackgroundRun, {"ref": "", **data, "id": _str(key)})
-                    add("recovered_runs" if path[1:] else "background", _ADD_RUN, **row)
-                case (b"process", _):
-                    if scope == "background":
-                        add("process_buckets", _ADD_BUCKET, bucket=scope)
-                    add("process_vars", _ADD_VAR, bucket=scope, key=name, value=_cell(value))
-                case (_,) if scope not in known:
-                    sql.execute("INSERT INTO legacy VALUES (?, ?, ?)", (scope, name, _cell(value)))
+                    add("history", _ADD_RECORD, **row | {
+                        "ref": _cell(path[1]), "identity": identity, "process": ""})
+                case (b"background",) | (b"process", b"background") if not path[1:] or _is_run(key, value):
+                    row = _row_of_dict(BackgroundRun, _go_object(value))
+                    add("recovered_runs" if path[1:] else "background", _ADD_RUN, **row | {"id": name})
+                case (b"process", _) | (_,) if path[1:] or path[0] not in _CONCERNS:
+                    if path[-1] in _CONCERNS[:1]:
+                        add("process_buckets", _ADD_BUCKET, bucket="background")
+                    large = len(value) > _LARGE  # then without a str
+                    statement = _ADD_TEXT if large and _is_utf8(value) else _ADD_VAR
+                    add("process_vars", statement, bucket=_cell(path[-1]), key=name,
+                        value=value if large else _cell(value))
                 case _:
                     raise ValueError("not what the original writes there")
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, sqlite3.DataError) as error:  # DataError: larger than SQLite takes
             file.problem(path, key, str(error))
-    add("process_vars", "INSERT OR IGNORE INTO process_vars (bucket, key, value) SELECT * FROM legacy")
     return counts
+
+
+_ADD_TEXT = _ADD_VAR.replace(":value", "CAST(:value AS TEXT)")
+_LARGE = 1 << 20  # bytes
+_CONCERNS = (b"background", b"cache", b"history", b"process")
 
 
 def _cell(data: bytes | memoryview) -> Cell:
@@ -1699,29 +1709,75 @@ def _cell(data: bytes | memoryview) -> Cell:
         return bytes(data)
 
 
-def _json(value: memoryview) -> dict[str, Any]:
-    """A record's JSON as Go takes it: names in any case, the last of equals, no null."""
-    import json
+def _is_utf8(data: memoryview) -> bool:
+    at = 0
     try:
-        data = json.loads(str(value, "utf-8", "replace"), object_pairs_hook=lambda pairs: {
-            _TAGS.get(name.casefold(), name): each for name, each in pairs if each is not None})
-        return {"startedAt": "0001-01-01T00:00:00Z", **data}
-    except (ValueError, TypeError, RecursionError):  # no JSON object
-        return {}
+        while at < len(data):
+            at += codecs.utf_8_decode(data[at : at + _LARGE], "strict", at + _LARGE >= len(data))[1]
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
-_TAGS = {_tag(field).casefold(): _tag(field) for field in ExecutionRecord._fields}
+def _is_run(key: bytes, value: memoryview) -> bool:
+    try:
+        data = _go_object(value)
+        return {"pid", "status"} <= data.keys() and data["id"] == _well_formed(_str(key))
+    except (ValueError, TypeError):
+        return False
+
+
+def _go_object(value: memoryview) -> dict[str, Any]:
+    """A record's JSON by its tags, as Go's decoder takes it; null is an empty one."""
+    text = str(value, "utf-8", "surrogateescape")
+    try:
+        data = _go_decoder().decode(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance({} if data is None else data, dict):
+        raise TypeError("it is no JSON object")
+    data = {"id": "", "ref": "", "startedAt": "0001-01-01T00:00:00Z", **(data or {})}
+    if "\\u" in text or not text.isascii():
+        data = {tag: _well_formed(each) if isinstance(each, str) else each for tag, each in data.items()}
+    return data
+
+
+def _well_formed(text: str) -> str:
+    """Each lone surrogate, an escape or a byte that is no UTF-8, becomes U+FFFD."""
+    import re
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+@cache
+def _go_decoder() -> Any:
+    import json
+    tags = {name: tag for tag in map(_tag, ExecutionRecord._fields) for name in (tag, tag.lower())}
+
+    def by_tag(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """Names in any case (lower() knows the Kelvin sign, but not the long s), the last of equals; null
+        changes nothing but the one pointer."""
+        return {tag: value for name, value in pairs
+                if (tag := tags.get(name) or tags.get(name.lower().replace("\u017f", "s")))
+                and (value is not None or tag == "completedAt")}
+
+    # 21 digits are too many for 64 bits, as all of them; int() takes neither NaN nor Infinity
+    return json.JSONDecoder(
+        object_pairs_hook=by_tag, parse_int=lambda digits: int(digits[:21]), parse_constant=int)
+
+
 _META = struct.Struct("<4I6Q")  # magic, version, page size, flags, root, sequence, freelist, end, txid, sum
 _PAGE = struct.Struct("<QHHI")  # id, flags (1 branch, 2 leaf), count, overflow
-_ELEMENT = struct.Struct("<4I")  # flags (1 bucket), pos, key size, value size
+_LEAF = struct.Struct("<4I")  # flags (1 bucket), pos, key size, value size
+_BRANCH = struct.Struct("<IIQ")  # pos, key size, page
 
 
 class _BoltFile:
     """A file of bbolt; its problems are bucket, key (or "") and reason of what can't be read."""
 
     def __init__(self, data: Any) -> None:
-        self.data, self.unread = data, len(data)
+        self.data = data
         self.problems: list[tuple[str, str, str]] = []
+        self.room, self.unnamed = 2 * len(data) + (16 << 20), 0  # bytes for the problems, how many are beyond
         sizes = [1 << n for n in range(9, 32)]
         metas: list[tuple[int, int, int, int]] = []
         for offset in (0, *sizes):
@@ -1736,56 +1792,71 @@ class _BoltFile:
                 metas.append((txid, size, root, min(pages * size, len(data))))
         if not metas:
             raise ValueError("no bbolt file, or both of its meta pages are damaged")
-        _, self.page_size, self.root, self.end = max(metas)
+        _, self.page_size, root, self.end = max(metas)
         self.seen = bytearray(self.end // self.page_size + 1)
+        self.top = self.page(root)
 
     def problem(self, path: tuple[bytes, ...], key: bytes, reason: str) -> None:
-        if len(self.problems) < 1000:
+        if self.room > 0:
             self.problems.append((_str(b"/".join(path)), _str(key), reason))
+            self.room -= 400 + 4 * (sum(map(len, path)) + len(key))
+        else:
+            self.unnamed += 1
 
-    def entries(self, path: tuple[bytes, ...], page: int, begin: int = 0, end: int = 0, deep: int = 0) -> Any:
-        """Yield bucket path, key and value of all below a page (0: inline, from begin to end), in order; of a
-        bucket None, before what is in it."""
-        data = self.data
-        if page:
-            begin, end = page * self.page_size, self.end
+    def page(self, number: int, begin: int = 0, end: int = 0) -> tuple[int, int, int, int]:
+        """Flags, table, count and end of a page (0: inline, from begin to end); ValueError if it is none."""
+        if number:
+            begin, end = number * self.page_size, self.end
         table = begin + 16
-        found, flags, count, overflow = _PAGE.unpack(data[begin:table] if table <= end else bytes(16))
-        if found != page or flags not in (2, 1 if page else 2) or self.seen[page] or deep > 100:
-            if not deep:
-                raise ValueError("its root page is damaged")
-            return self.problem(path, b"", f"page {page} is damaged, too deep or referred to twice")
-        self.seen[page] = page > 0
+        found, flags, count, overflow = _PAGE.unpack(self.data[begin:table] if table <= end else bytes(16))
         end = min(end, begin + (1 + overflow) * self.page_size)
-        body = table + 16 * count
-        # the first pos, or 0 on an empty page, tells the count again
-        told = int.from_bytes(data[table : min(table + 8, end)][4 * flags - 4 : 4 * flags], "little")
-        if told != 16 * count or body > end:
-            self.problem(path, b"", f"page {page} may have more entries: its count is wrong")
-        self.unread -= min(body, end) - begin
-        for at in range(table, min(body, end - 15), 16):
-            if self.unread < 0:  # crafted, with bytes read twice
-                raise ValueError("it holds more than the file")
+        behind = -(-end // self.page_size) if number else 0  # the page behind it
+        if found != number or flags not in (2, 1 if number else 2) or self.seen.find(1, number, behind) >= 0:
+            raise ValueError(f"its page {number} is damaged, or referred to twice")
+        self.seen[number:behind] = b"\1" * (behind - number)
+        return flags, table, count, end
+
+    def entries(self) -> Iterable[tuple[tuple[bytes, ...], bytes, Any]]:
+        """Yield bucket path, key and value of everything, a bucket (its value is None) before what is in it,
+        in the order of keys; legacy scopes last."""
+        data, view = self.data, memoryview(self.data)
+        stack: list[Any] = [((), self.top)]
+        later: list[Any] = []
+        while stack or later:
+            path, (flags, table, count, end) = (stack or later).pop()
+            body = table + 16 * count
+            # the first pos, or 0 on an empty page, tells the count again
+            told = int.from_bytes(data[table : min(table + 8, end)][4 * flags - 4 : 4 * flags], "little")
+            if told != 16 * count or body > end:
+                self.problem(path, b"", "a page of it may have more entries: its count is wrong")
+                body = min(body, end - (end - table) % 16)
+            kinds = len(path) < 100
+            children: list[tuple[Any, ...]] = []
             if flags == 1:
-                yield from self.entries(path, int.from_bytes(data[at + 8 : at + 16], "little"), deep=deep + 1)
-                continue
-            kind, pos, key_size, size = _ELEMENT.unpack_from(data, at)
-            start = at + pos
-            middle = start + key_size
-            stop = middle + size
-            key = data[start:middle] if body <= start and middle <= end else b""
-            # they lie end to end: the next pos tells the sizes again
-            sound = key and kind < 2 and stop <= end and (
-                at + 16 == body or stop == at + 16 + _ELEMENT.unpack_from(data, at + 16)[1])
-            self.unread -= len(key) + (size if sound and not kind else 0)
-            if not sound:
-                self.problem(path, key, "the entry is damaged")
-            elif kind:
-                yield path, key, None
-                child = int.from_bytes(data[middle : middle + 8], "little")
-                yield from self.entries((*path, key), child, middle + 16, stop, deep + 1)
-            else:
-                yield path, key, memoryview(data)[middle:stop]  # kept nowhere, or the map stays open
+                children += ((path, child) for _, _, child in _BRANCH.iter_unpack(data[table:body]))
+                body = table
+            elements = [*_LEAF.iter_unpack(data[table:body])]
+            starts = [table + 16 * n + pos for n, (_, pos, _, _) in enumerate(elements)]
+            following = [*starts[1:], 0]
+            for (kind, _, key_size, size), start, after in zip(elements, starts, following, strict=False):
+                middle = start + key_size
+                stop = middle + size
+                key = data[start:middle] if body <= start and middle <= end else b""
+                # they lie end to end, so the next one's start tells the sizes again
+                if not key or kind > kinds or size < 16 * kind or stop > end or after not in (0, stop):
+                    self.problem(path, key, "the entry is damaged, or nested too deep")
+                elif not kind:
+                    yield path, key, view[middle:stop]
+                else:
+                    yield path, key, None
+                    child = int.from_bytes(data[middle : middle + 8], "little")
+                    children.append(((*path, key), child, middle + 16, stop))
+            for inner, *place in reversed(children):
+                try:
+                    page = self.page(*place)
+                    (later if inner and inner[0] not in _CONCERNS else stack).append((inner, page))
+                except ValueError as error:
+                    self.problem(inner, b"", str(error))
 
 
 # ---- the command line --------------------------------------------------------------------------------------
