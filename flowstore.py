@@ -30,12 +30,12 @@ from abc import ABC, abstractmethod
 from collections import namedtuple
 from datetime import datetime, timedelta, timezone
 from functools import cache, lru_cache, partial
-from itertools import islice
+from itertools import groupby, islice
 from threading import get_ident
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from typing import Any, NamedTuple, NoReturn, Self, TypeAlias, TypeVar
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     Cells: TypeAlias = dict[str, Any]  # by their columns
     SQL: TypeAlias = sqlite3.Connection
     Work: TypeAlias = Callable[[SQL], T]
-    Load: TypeAlias = Callable[[list[Row]], Sequence[T]]
+    Load: TypeAlias = Callable[[Iterable[Row]], Iterable[T]]
 else:
     class _NamedTupleType(type):
         def __new__(mcls, name, bases, namespace):
@@ -131,7 +131,7 @@ class ExecutionRecord(NamedTuple):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ExecutionRecord:
         """The record of such an object; other tags are ignored, None is empty. ValueError, TypeError."""
-        return _load(cls, [[*_row_of_dict(cls, data).values()]])[0]
+        return next(_load(cls, [[*_row_of_dict(cls, data).values()]]))
 
 
 class BackgroundRun(NamedTuple):
@@ -152,7 +152,7 @@ class BackgroundRun(NamedTuple):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> BackgroundRun:
         """The run of such an object; errors as ExecutionRecord's."""
-        return _load(cls, [[*_row_of_dict(cls, data).values()]])[0]
+        return next(_load(cls, [[*_row_of_dict(cls, data).values()]]))
 
 
 def _check(what: str, value: object, kind: type) -> None:
@@ -166,9 +166,9 @@ def _utf8(text: str) -> bytes:
 
 def _text(what: str, value: Any) -> Cell:
     """A text as SQLite takes it: itself, or its bytes where they are no UTF-8 (PEP 383)."""
+    if type(value) is str and value.isascii():
+        return value
     _check(what, value, str)
-    if value.isascii():
-        return str(value)
     try:
         data = _utf8(value)
         if _str(data) == value:
@@ -196,8 +196,10 @@ def _name(what: str, value: object) -> Cell:
     return _text(what, value)
 
 
-def _checked(names: dict[str, str], cells: Cells | None) -> Cells:
-    return {**(cells or {}), **{what: _name(what, name) for what, name in names.items()}}
+def _checked(names: Cells, cells: Cells | None) -> Cells:
+    for what in names:
+        names[what] = _name(what, names[what])
+    return names if cells is None else cells | names
 
 
 def _folded(name: str) -> str:
@@ -303,7 +305,7 @@ def _to_dict(record: ExecutionRecord | BackgroundRun, always: int) -> dict[str, 
 
 
 def _only(kind: type[T], cells: Sequence[Any]) -> Sequence[T]:
-    if {*map(type, cells)} - {kind}:
+    if {*map(type, cells)} != {kind}:
         raise _Damaged
     return cells
 
@@ -313,8 +315,9 @@ def _texts(cells: Sequence[Any]) -> Sequence[str]:
 
 
 def _times(cells: Sequence[Any]) -> list[datetime | None]:
+    parse = datetime.fromisoformat
     try:
-        times = [cell and datetime.fromisoformat(cell) for cell in cells]
+        times = [None if cell is None else parse(cell) for cell in cells]
     except (TypeError, ValueError):
         raise _Damaged from None
     if {time.tzinfo for time in times if time is not None} - {timezone.utc}:
@@ -322,32 +325,38 @@ def _times(cells: Sequence[Any]) -> list[datetime | None]:
     return times
 
 
-def _load(cls: type[Record], rows: Iterable[Row]) -> list[Record]:
-    """The records of rows. By columns: a call for each cell would take most of the time of a large read."""
-    columns: list[Sequence[Any]] = []
-    for field, cells in zip(cls._fields, zip(*rows, strict=True), strict=False):
-        if field == "duration":  # cut towards zero, so that the extremes can be stored again
-            columns.append([timedelta(0, 0, cell // 1000 if cell >= 0 else -(-cell // 1000))
-                            for cell in _only(int, cells)])
-        elif field in _TIMES:
-            times = _times(cells)
-            columns.append(times if field == "completed_at" else _only(datetime, times))
-        else:
-            columns.append(_only(int, cells) if field in _NUMBERS else _texts(cells))
-    make: Callable[[Row], Record] = partial(tuple.__new__, cls)
-    return list(map(make, zip(*columns, strict=True)))
-
-
-def _load_texts(rows: Iterable[Row]) -> Sequence[str]:
-    return _texts([cell for cell, in rows])
-
-
-def _load_blobs(rows: Iterable[Row]) -> Sequence[bytes]:
-    return _only(bytes, [cell for cell, in rows])
+def _load(cls: type[Record], rows: Iterable[Row]) -> Iterator[Record]:
+    """Make records of rows: by columns, since a call for each cell would take most of the time of a large
+    read, and in batches that a processor has at hand."""
+    rows, make = iter(rows), partial(tuple.__new__, cls)
+    while batch := [*islice(rows, 500)]:
+        columns: list[Sequence[Any]] = []
+        for field, cells in zip(cls._fields, zip(*batch, strict=True), strict=True):
+            if field == "duration":  # cut towards zero, so that the extremes can be stored again
+                columns.append([timedelta(0, 0, cell // 1000 if cell >= 0 else -(-cell // 1000))
+                                for cell in _only(int, cells)])
+            elif field in _TIMES:
+                times = _times(cells)
+                columns.append(times if field == "completed_at" else _only(datetime, times))
+            else:
+                columns.append(_only(int, cells) if field in _NUMBERS else _texts(cells))
+        yield from map(make, zip(*columns, strict=True))
 
 
 _load_executions = partial(_load, ExecutionRecord)
 _load_background = partial(_load, BackgroundRun)
+
+
+def _load_texts(rows: Iterable[Row]) -> list[str]:
+    return [_str(cell) for cell, in rows]
+
+
+def _load_blobs(rows: Iterable[Row]) -> list[bytes]:
+    cells = [cell for cell, in rows]
+    for cell in cells:
+        if type(cell) is not bytes:
+            raise _Damaged
+    return cells
 
 
 # ---- where things are --------------------------------------------------------------------------------------
@@ -364,13 +373,13 @@ def default_path() -> str:
     if not os.path.isabs(folder):  # as the XDG specification wants it
         folder = os.path.expanduser("~/.cache")
     if not os.path.isabs(folder):
-        raise StoreError("no home folder is known for this user: name a store by FLOWSTORE_PATH")
+        raise StoreError("this user has no home folder: name a store by FLOWSTORE_PATH")
     return os.path.join(folder, "flow", "flowstore.db")
 
 
 def environment_bucket() -> str:
-    """The current scope: $FLOW_PROCESS_BUCKET with each `:`, `/` and space as `_`; unset or empty: root."""
-    return (os.environ.get(BUCKET_ENV) or ROOT_BUCKET).translate(dict.fromkeys(map(ord, ":/ "), "_"))
+    """The current scope: $FLOW_PROCESS_BUCKET with `_` for each `:`, `/` and space; unset or empty: root."""
+    return (os.environ.get(BUCKET_ENV) or ROOT_BUCKET).translate(str.maketrans(":/ ", "___"))
 
 
 def run_env_value(name: str) -> str:
@@ -383,7 +392,8 @@ def run_env_value(name: str) -> str:
 
 class DataStore(ABC):
     """What every store does. Names (key, ref, bucket, id) are non-empty str that survive UTF-8 with
-    surrogateescape there and back (else ValueError or TypeError), and are listed in order of its bytes."""
+    surrogateescape there and back (else ValueError or TypeError), and are listed in order of its bytes.
+    What is deleted may be missing; bulk reads see one moment, and leave out what is missing."""
     @abstractmethod
     def set_cache_entry(self, key: str, value: bytes) -> None:
         """Store a bytes-like value in place of an earlier one. It never expires by itself."""
@@ -392,20 +402,20 @@ class DataStore(ABC):
         """The value of a key, or None."""
     @abstractmethod
     def get_cache_entries(self, keys: Iterable[str]) -> dict[str, bytes]:
-        """The values of any number of keys at one moment; missing ones are left out."""
+        """The values of any number of keys."""
     @abstractmethod
     def delete_cache_entry(self, key: str) -> None:
-        """Delete a key; a missing one is no error."""
+        """Delete a key."""
 
     @abstractmethod
     def record_execution(self, record: ExecutionRecord) -> None:
         """Add a record; one with an id replaces that of the same ref and id, and keeps its place."""
     @abstractmethod
     def get_execution_history(self, ref: str, limit: int = 0) -> list[ExecutionRecord]:
-        """The newest `limit` records by started_at (equal: by insertion), oldest first; limit <= 0: all."""
+        """The newest `limit` (<= 0: all) by started_at, oldest first; equal ones in order of insertion."""
     @abstractmethod
     def get_execution_histories(self, refs: Iterable[str], limit: int = 0) -> Histories:
-        """The same for each of these refs that has records, at one moment."""
+        """The same for each of these refs that has records."""
     @abstractmethod
     def get_all_execution_history(self, limit_per_ref: int = 0) -> Histories:
         """The same for all refs, in their order."""
@@ -414,7 +424,7 @@ class DataStore(ABC):
         """The refs that have records, in order."""
     @abstractmethod
     def delete_execution_history(self, ref: str) -> None:
-        """Delete all records of a ref; an unknown one is no error."""
+        """Delete all records of a ref."""
 
     @abstractmethod
     def save_background_run(self, run: BackgroundRun) -> None:
@@ -424,43 +434,43 @@ class DataStore(ABC):
         """The run with this id, or NotFoundError."""
     @abstractmethod
     def get_background_runs(self, ids: Iterable[str]) -> dict[str, BackgroundRun]:
-        """The runs with these ids at one moment; missing ones are left out."""
+        """The runs with these ids."""
     @abstractmethod
     def list_background_runs(self) -> list[BackgroundRun]:
         """All runs, in the order of their ids."""
     @abstractmethod
     def delete_background_run(self, id: str) -> None:
-        """Delete a run; a missing one is no error."""
+        """Delete a run."""
 
     @abstractmethod
     def create_process_bucket(self, bucket: str) -> None:
         """Make an empty scope; an existing one stays as it is."""
     @abstractmethod
     def delete_process_bucket(self, bucket: str) -> None:
-        """Delete a scope with its variables; a missing one is no error."""
+        """Delete a scope with its variables."""
     @abstractmethod
     def set_process_var(self, bucket: str, key: str, value: str) -> None:
-        """Set a variable to a str (as a name, or empty) in a scope, made where it is missing."""
+        """Set a variable to a str (as a name, or empty) in a scope, which is made where it is missing."""
     @abstractmethod
     def get_process_var(self, bucket: str, key: str) -> str:
-        """The variable's value in the scope, else in root, else NotFoundError. "" counts as found."""
+        """The value in the scope, else in root, else NotFoundError. "" counts as found."""
     @abstractmethod
     def get_all_process_vars(self, bucket: str) -> dict[str, str]:
-        """The variables of the scope and of root, in the order of their keys; the scope's own win."""
+        """The variables of the scope and of root, in order of the keys; the scope's own win."""
     @abstractmethod
     def get_process_var_keys(self, bucket: str) -> list[str]:
         """The scope's keys in order, then in order those that only root has."""
     @abstractmethod
     def delete_process_var(self, bucket: str, key: str) -> None:
-        """Delete a variable of this scope alone; a missing one is no error."""
+        """Delete a variable of this scope alone."""
 
     @abstractmethod
     def transaction(self) -> AbstractContextManager[DataStore]:
-        """Yields a store whose operations take effect together or, on any exception, not. RuntimeError where
-        it is nested, or used after its end, from another thread or after a fork."""
+        """Yields a store whose operations take effect together or, on any exception, not. RuntimeError for
+        one in another, and for use after its end, from another thread or after a fork."""
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
-        """Here it holds nothing to close, and the store stays usable."""
+        """Nothing is held that it would close; the store stays usable."""
 
 
 # ---- the schema --------------------------------------------------------------------------------------------
@@ -514,12 +524,16 @@ _ADD_RECORD = f"""
 _RECORD = _ADD_RECORD.replace("IGNORE", "REPLACE")
 _HISTORY = f"""
     SELECT {_EXECUTION} FROM history WHERE ref = :ref ORDER BY started_at DESC, rowid DESC LIMIT :limit"""
-_REFS = """
+_EACH_REF = """
     WITH RECURSIVE refs (ref) AS (  -- from ref to ref through the index, not from record to record
         SELECT min(ref) FROM history
         UNION ALL
-        SELECT (SELECT min(ref) FROM history WHERE ref > refs.ref) FROM refs WHERE ref IS NOT NULL)
-    SELECT ref FROM refs WHERE ref IS NOT NULL"""
+        SELECT (SELECT min(ref) FROM history WHERE ref > refs.ref) FROM refs WHERE ref IS NOT NULL)"""
+_ALL_HISTORY = f"""
+    {_EACH_REF} SELECT history.{_EXECUTION} FROM refs CROSS JOIN history ON history.rowid IN (
+        SELECT rowid FROM history AS own WHERE own.ref = refs.ref
+        ORDER BY own.started_at DESC, own.rowid DESC LIMIT :limit)"""
+_REFS = f"{_EACH_REF} SELECT ref FROM refs WHERE ref IS NOT NULL"
 _NEWEST_REFS = f"""
     {_REFS} ORDER BY (SELECT max(started_at) FROM history WHERE ref = refs.ref) DESC LIMIT :limit"""
 _DELETE_HISTORY = "DELETE FROM history WHERE ref = :ref"
@@ -586,34 +600,30 @@ def _is_complete(objects: Iterable[Row]) -> bool:
 
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
 _UNREADABLE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
-_WAL_LIMIT = 4 << 20  # bytes; as SQLite's own default, 1,000 pages
-_FORK_PATIENCE = 10.0  # seconds that a fork waits for the operations of other threads
+_WAL_LIMIT = 4 << 20  # bytes; SQLite's own default is 1,000 pages
+_FORK_PATIENCE = 10.0  # seconds
 
 
 class _Process:
-    """What this process has open. A fork waits for operations in flight: no thread may be inside SQLite then.
-    Files open in a session are lost to the child: it hasn't the locks that SQLite believes in."""
+    """What this process has open. A fork waits for operations of other threads: none may be inside SQLite."""
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
-        self.operations: list[int] = []  # the threads of those in flight
+        self.operations: list[int] = []  # by thread
         self.forking = self.forks = 0
         self.connections: dict[SQL, str] = {}  # with their files
-        self.transactions: dict[tuple[int, str], object] = {}  # by their threads and files
-        self.lost: set[str] = set()  # files that were open when this process was forked
+        self.transactions: dict[tuple[int, str], object] = {}  # by thread and file
+        self.lost: set[str] = set()  # files open at the fork: SQLite believes in locks that a child hasn't
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(before=self.before, after_in_parent=self.after, after_in_child=self.in_child)
 
-    def enter(self) -> None:
-        with self.lock:
-            while self.forking:
-                self.changed.wait()
-            self.operations.append(get_ident())
-
-    def leave(self) -> None:
+    def stand_back(self) -> None:
         with self.lock:
             self.operations.remove(get_ident())
             self.changed.notify_all()
+            while self.forking:
+                self.changed.wait()
+            self.operations.append(get_ident())
 
     def before(self) -> None:
         own = {get_ident()}
@@ -644,8 +654,8 @@ class _Process:
 _process = _Process()
 
 _REASONS = {
-    sqlite3.SQLITE_FULL: "the disk is full: nothing of this was changed; make room and try again",
-    sqlite3.SQLITE_READONLY: "it can't be written to: check the rights of the file and of its folder",
+    sqlite3.SQLITE_FULL: "the disk is full, nothing of this was changed: make room",
+    sqlite3.SQLITE_READONLY: "it can't be written to: check the rights of file and folder",
     sqlite3.SQLITE_TOOBIG: "a value is larger than 1,000,000,000 bytes: keep it in a file",
     sqlite3.SQLITE_CANTOPEN: "it can't be opened: a full disk, another's folder, a path over 512 bytes?",
     sqlite3.SQLITE_IOERR: "it can't be read or written: is the disk full, or a network one (without locks)?",
@@ -677,29 +687,30 @@ def _translated(error: Exception, file: str) -> StoreError:
 
 
 def _what_it_is(file: str) -> str:
-    """What a file is that SQLite has refused. (Only then: closing a descriptor drops the process's locks.)"""
+    """What a file is that SQLite has refused: only then, since closing one drops the process's locks."""
     try:
         with open(file, "rb") as stream:
             start = stream.read(1 << 17)
     except OSError:
         start = b""
-    # bbolt's magic number, behind the header of page 0 or, where that is damaged, of page 1
-    if any(start.startswith(b"\xed\xda\x0c\xed", page + 16) for page in (0, *(512 << n for n in range(8)))):
+    if b"\xed\xda\x0c\xed" in (start[at + 16 : at + 20] for at in (0, *(512 << n for n in range(8)))):
         return "a bbolt file, as the original's store.db is: bring it over with `flowstore import FILE`"
     return "no SQLite file, so no store: name another path, or move the file away"
 
 
-def _refuse_planted(path: str, *endings: str) -> None:
-    """Refuse what another user may have put into a folder that anyone may write to."""
+def _refuse_planted(path: str, *endings: str) -> bool:
+    """Whether anyone may write to the folder of a path; what another user has put there is refused."""
     try:
         folder = os.stat(os.path.dirname(path))
-        for ending in endings if os.name == "posix" and folder.st_mode & stat.S_IWOTH else ():
-            entry = os.lstat(path + ending) if os.path.lexists(path + ending) else folder
-            if entry.st_uid not in (os.geteuid(), folder.st_uid):
-                raise _error(StoreError, path + ending, "another user has put this into a folder that anyone"
-                             " may write to: name a path in a folder of your own")
     except (FileNotFoundError, NotADirectoryError):
-        pass  # then nothing is there
+        return False
+    shared = os.name == "posix" and bool(folder.st_mode & stat.S_IWOTH)
+    for ending in endings if shared else ():
+        entry = os.lstat(path + ending) if os.path.lexists(path + ending) else folder
+        if entry.st_uid not in (os.geteuid(), folder.st_uid):
+            raise _error(StoreError, path + ending, "another user's, and anyone may write to its folder:"
+                         " name a path in a folder of your own")
+    return shared
 
 
 def _make_folder(folder: str) -> None:
@@ -758,15 +769,17 @@ class _Connection:
     def __init__(self, store: SQLiteDataStore, held: bool = False) -> None:
         self.store, self.file = store, store._file
         self.held = held  # over several uses
-        self.sql: Any = None  # the sqlite3.Connection while it is open
+        self.sql: Any = None  # the sqlite3.Connection, while it is open
         self.inode = 0  # of the file that was opened
         self.fresh = True  # until the settings are made
-        self.cookie: int | None = None  # SQLite's schema cookie when it was recognised as a complete store
-        self.seen: tuple[int, ...] | None = None  # when it was opened, of a file that can only be looked at
-        self.waiting_since = self.pause = 0.0
+        self.cookie: int | None = None  # of the schema, when it was found to be complete
+        self.seen: tuple[int, ...] | None = None  # look() at a file that is opened as one at rest
+        self.waiting_since = self.pause = self.measured = 0.0
 
     def __enter__(self) -> Self:
-        _process.enter()
+        _process.operations.append(get_ident())
+        if _process.forking:
+            _process.stand_back()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -774,15 +787,17 @@ class _Connection:
             if not self.held:
                 self.close()
         finally:
-            _process.leave()
-        if isinstance(error, (sqlite3.Error, OSError, OverflowError, UnicodeError)):
+            _process.operations.remove(get_ident())
+            if _process.forking:
+                with _process.lock:
+                    _process.changed.notify_all()
+        if error is not None and isinstance(error, (sqlite3.Error, OSError, OverflowError, UnicodeError)):
             # an error of the sqlite3 module itself has no code, and may quote a value
             quotes = isinstance(error, sqlite3.Error) and not hasattr(error, "sqlite_errorcode")
             raise _translated(error, self.file) from (None if quotes else error)
 
     def open(self, make: bool, look: bool = False) -> bool:
-        """Open the file, made first where it is missing; False where it is missing and not to be made. Where
-        it can't be written, or to look only, it is opened as one that nobody writes to, if so it seems."""
+        """Open the file, made where it is missing; False where it is missing and not to be made."""
         if self.file in _process.lost:
             raise RuntimeError(f"{self.file}: a session had it open when this process was forked: use spawn")
         while not self.sql:
@@ -790,7 +805,8 @@ class _Connection:
                 mode, self.inode = os.stat(self.file)[:2]
                 if not stat.S_ISREG(mode):
                     raise _error(StoreError, self.file, "this is no regular file: name another path")
-                _refuse_planted(self.file, "", "-wal", "-shm", "-journal")
+                if self.store._shared:
+                    _refuse_planted(self.file, "", "-wal", "-shm", "-journal")
                 seen = self.look() if look or not os.access(self.file, os.W_OK) else (1,)
                 self.sql = _connect(self.file, "mode=rw" if seen[-1] else "mode=ro&immutable=1")
                 self.seen, self.fresh, self.cookie = None if seen[-1] else seen, True, None
@@ -813,7 +829,7 @@ class _Connection:
             _disconnect(sql)
 
     def has_moved(self) -> bool:
-        """Whether another file is at the path than the one that was opened: others destroy the store."""
+        """Whether others have destroyed the file that was opened."""
         try:
             return os.stat(self.file).st_ino != self.inode
         except FileNotFoundError:
@@ -826,42 +842,44 @@ class _Connection:
         return status.st_ino, status.st_mtime_ns, status.st_size, wal
 
     def wait(self) -> None:
-        """Sleep a moment, since others are at work; StoreBusyError after the timeout. SQLite's handler
-        starves the unluckiest of many: here the longer one has waited, the oftener one tries."""
+        """Sleep a moment, since others are at work; StoreBusyError after the timeout."""
         now = time.monotonic()
         if not self.waiting_since:
-            self.waiting_since, self.pause = now, 0.00025
+            self.waiting_since, self.pause = now, 0.0005
         waited, timeout = now - self.waiting_since, self.store._timeout
         if waited >= timeout:
             raise _error(StoreBusyError, self.file, "another process has kept the store locked for"
                          f" {waited:.1f} seconds: try again, or wait longer by timeout=")
-        self.pause = min(self.pause * 2, 0.032 if waited < 0.1 else 0.008 if waited < 0.2 else 0.002)
+        # SQLite's handler starves the unluckiest of many (2.5 s of 64 on 2 cores): here who has waited longer
+        # tries oftener, but 64 that try every 2 ms leave no time to the one that has the lock
+        self.pause = min(self.pause * 2, 0.064 if waited < 0.15 else 0.012 if waited < 0.3 else 0.004)
         jitter = 0.5 + time.perf_counter_ns() % 1000 / 1000
         time.sleep(min(self.pause * jitter, timeout - waited))
 
     def wait_out(self, error: Exception) -> None:
-        """After an error that others are the reason of wait, to try again; raise any other."""
+        """Wait, to try again, after an error that is others' doing; raise any other."""
         self.rollback()
-        if self.has_moved():
+        if _code(error) not in _BUSY:
+            if not self.has_moved():
+                raise error
             self.close()
-        elif _code(error) not in _BUSY:
-            raise error
         self.wait()
 
     def begin(self, write: bool) -> bool:
-        """Take the write lock or a snapshot, waiting for others; whether a complete store is in it. A missing
-        file is made for a write; else the connection stays closed."""
+        """Take the write lock, or a snapshot if there is a file. Whether a complete store is in it."""
         if write and (get_ident(), self.file) in _process.transactions:
             raise RuntimeError(f"{self.file}: this thread, in a transaction() on it, would wait for itself")
         if write and self.seen:
             self.close()
         look = False
         while self.sql or self.open(write, look):
+            if write and self.seen:  # SQLite would begin a read
+                raise _error(StoreError, self.file, _REASONS[sqlite3.SQLITE_READONLY])
             try:
                 if self.fresh:  # here, since some of them read the file
                     self.sql.executescript(_SETTINGS)
                     self.fresh = False
-                known = self.cookie is not None  # in WAL mode: then SQLite keeps a lock, so it can't move
+                known = self.cookie is not None  # and in WAL mode: SQLite keeps a lock, so that it can't move
                 self.sql.execute("BEGIN IMMEDIATE" if write else "BEGIN")
                 complete = self.identify()
                 if known or not self.has_moved():
@@ -871,7 +889,7 @@ class _Connection:
             except sqlite3.Error as error:
                 if write or self.seen or _code(error) not in _UNREADABLE or self.has_moved():
                     self.wait_out(error)
-                else:  # SQLite can't have the -shm file to read by: it reads what nobody writes to
+                else:  # no -shm file can be had to read by: read as it is what nobody writes to
                     self.close()
                     look = not self.look()[-1]
                     if not look:
@@ -893,7 +911,7 @@ class _Connection:
         if application != _APPLICATION_ID and (application or version or cookie):
             raise _error(CorruptStoreError, self.file, "another program's SQLite file (application id"
                          f" {application:#x}), so no store: name another path")
-        if not application and 0 < os.path.getsize(self.file) < 512:  # SQLite would take it for an empty file
+        if not application and 0 < os.path.getsize(self.file) < 512:  # to SQLite that is empty
             raise _error(CorruptStoreError, self.file, _what_it_is(self.file))
         if version > _VERSION:
             raise _error(StoreError, self.file, f"it needs a newer flowstore (schema {version}): update")
@@ -916,6 +934,9 @@ class _Connection:
                 if _code(error) not in _BUSY:
                     raise
                 self.wait()
+        if time.monotonic() < self.measured + 0.005:  # s: there is time for a dozen writes in between
+            return
+        self.measured = time.monotonic()
         try:
             if os.stat(self.file + "-wal").st_size > _WAL_LIMIT:
                 self.sql.execute("BEGIN IMMEDIATE")
@@ -924,7 +945,7 @@ class _Connection:
             pass  # what was to be written is; the WAL's size is the next writer's care
 
     def checkpoint(self) -> None:
-        """Copy the WAL into the file, so that the next writer starts it anew, and end the transaction.
+        """End the transaction with a checkpoint, after which the next writer starts the WAL anew.
 
         Until SQLite 3.51.2 a commit that does so between two checkpoints can lose pages. Nobody can while
         this connection has the write lock, and a passive one, on another, waits for no reader.
@@ -939,7 +960,7 @@ class _Connection:
             self.rollback()
 
     def read(self, work: Work[T]) -> T:
-        """Run work in one snapshot; a missing or blank file reads as an empty store."""
+        """Run work in a snapshot; a missing or blank file reads as an empty store."""
         self.waiting_since = 0.0
         while True:
             try:
@@ -981,7 +1002,7 @@ class _Connection:
             self.initialise()
 
     def initialise(self) -> None:
-        """Make a store of a missing or blank file, or add what an older one lacks; to be repeated."""
+        """Try to make a store of a missing or blank file, or to complete an older one."""
         if self.seen:
             self.close()
         self.open(make=True)
@@ -1009,9 +1030,6 @@ class _Connection:
 
 # ---- the store ---------------------------------------------------------------------------------------------
 
-_ALL: Iterable[str] = []  # in place of refs: all that there are
-
-
 class _Operations(DataStore):
     """The operations, each its SQL and a line or two around it, on _read() and _write()."""
     path: str
@@ -1024,29 +1042,32 @@ class _Operations(DataStore):
     def _write(self, work: Work[T]) -> T:
         """Run work on a connection in a write transaction."""
 
-    def _fetch(self, statement: str, load: Load[T], cells: Cells | None = None, **names: str) -> Sequence[T]:
+    def _fetch(self, statement: str, load: Load[T], cells: Cells | None = None, **names: Any) -> list[T]:
         values = _checked(names, cells)
-        return self._read(lambda sql: load(sql.execute(statement, values).fetchall()))
+
+        def work(sql: SQL) -> list[T]:
+            rows = sql.execute(statement, values)
+            try:
+                return [*load(rows)]
+            finally:
+                rows.close()  # else an error would keep it, and with it the file open
+
+        return self._read(work)
 
     def _fetch_each(self, statement: str, load: Load[T], what: str, names: Iterable[str],
                     **cells: object) -> dict[str, list[T]]:
-        """What load makes of the rows of each name (_ALL: each ref) that has any."""
+        """What load makes of the rows of each name that has any."""
         if isinstance(names, str):
             raise TypeError(f"{what}s must be several str, not one")
         values = {name: _checked({what: name}, cells) for name in names}
 
         def work(sql: SQL) -> dict[str, list[T]]:
-            each = values
-            if names is _ALL:
-                refs = sql.execute(_REFS).fetchall()
-                each = {ref: {what: _text(what, ref), **cells} for ref in _ordered(_load_texts(refs))}
-            rows = {name: sql.execute(statement, value).fetchall() for name, value in each.items()}
-            loaded = iter(load([row for found in rows.values() for row in found]))
-            return {name: [*islice(loaded, len(found))] for name, found in rows.items() if found}
+            rows = ((name, sql.execute(statement, value).fetchall()) for name, value in values.items())
+            return {name: [*load(found)] for name, found in rows if found}
 
         return self._read(work, snapshot=True)
 
-    def _execute(self, *statements: str, cells: Cells | None = None, **names: str) -> int:
+    def _execute(self, *statements: str, cells: Cells | None = None, **names: Any) -> int:
         values = _checked(names, cells)
         return self._write(lambda sql: sum(sql.execute(each, values).rowcount for each in statements))
 
@@ -1059,7 +1080,9 @@ class _Operations(DataStore):
         self._execute(_SET_CACHE, cells={"value": view if view.c_contiguous else view.tobytes()}, key=key)
 
     def get_cache_entry(self, key: str) -> bytes | None:
-        return next(iter(self._fetch(_GET_CACHE, _load_blobs, key=key)), None)
+        for value in self._fetch(_GET_CACHE, _load_blobs, key=key):
+            return value
+        return None
 
     def get_cache_entries(self, keys: Iterable[str]) -> dict[str, bytes]:
         found = self._fetch_each(_GET_CACHE, _load_blobs, "key", keys)
@@ -1073,14 +1096,21 @@ class _Operations(DataStore):
         self._execute(_RECORD, cells=_history_row(record))
 
     def get_execution_history(self, ref: str, limit: int = 0) -> list[ExecutionRecord]:
-        return [*reversed(self._fetch(_HISTORY, _load_executions, {"limit": _limit(limit)}, ref=ref))]
-
-    def get_all_execution_history(self, limit_per_ref: int = 0) -> Histories:
-        return self.get_execution_histories(_ALL, limit_per_ref)
+        return self._fetch(_HISTORY, _load_executions, {"limit": _limit(limit)}, ref=ref)[::-1]
 
     def get_execution_histories(self, refs: Iterable[str], limit: int = 0) -> Histories:
         found = self._fetch_each(_HISTORY, _load_executions, "ref", refs, limit=_limit(limit))
         return {ref: records[::-1] for ref, records in found.items()}
+
+    def get_all_execution_history(self, limit_per_ref: int = 0) -> Histories:
+        def load(rows: Iterable[Row]) -> Iterable[ExecutionRecord]:  # by ref, there in the order of insertion
+            each = (sorted(own, key=lambda row: _str(row[1])) for _, own in groupby(rows, lambda row: row[0]))
+            return _load_executions(row for own in each for row in own)
+
+        histories: Histories = {}
+        for record in self._fetch(_ALL_HISTORY, load, {"limit": _limit(limit_per_ref)}):
+            histories.setdefault(record.ref, []).append(record)
+        return {ref: histories[ref] for ref in _ordered(histories)}
 
     def list_execution_refs(self) -> list[str]:
         return _ordered(self._fetch(_REFS, _load_texts))
@@ -1101,7 +1131,10 @@ class _Operations(DataStore):
         return {id: run for id, [run] in self._fetch_each(_GET_RUN, _load_background, "id", ids).items()}
 
     def list_background_runs(self) -> list[BackgroundRun]:
-        return sorted(self._fetch(_LIST_RUNS, _load_background), key=lambda run: _utf8(run.id))
+        runs = self._fetch(_LIST_RUNS, _load_background)
+        if not "".join(run.id for run in runs).isascii():  # else SQLite's order is that of the bytes
+            runs.sort(key=lambda run: _utf8(run.id))
+        return runs
 
     def delete_background_run(self, id: str) -> None:
         self._execute(_DELETE_RUN, id=id)
@@ -1128,7 +1161,7 @@ class _Operations(DataStore):
 
     def _variables(self, bucket: str) -> tuple[dict[str, str], dict[str, str]]:
         """Those of the scope, and those of root."""
-        rows = self._fetch(_LIST_VARS, lambda rows: [_texts(row) for row in rows], bucket=bucket)
+        rows = self._fetch(_LIST_VARS, lambda rows: [[*map(_str, row)] for row in rows], bucket=bucket)
         own, root = ({key: value for scope, key, value in rows if scope == each}
                      for each in (bucket, ROOT_BUCKET))
         return own, root
@@ -1171,10 +1204,11 @@ class SQLiteDataStore(_Operations):
             self.path = os.path.abspath(path or default_path())
             _refuse_planted(self.path, "")
             self._file = os.path.realpath(self.path)
+            self._shared = _refuse_planted(self._file)
         except OSError as error:  # the current folder has been removed
             raise _translated(error, path) from error
         self._timeout = min(timeout, 1e6)  # about what SQLite and time.sleep() understand
-        self._known_schema: int | None = None  # SQLite's schema cookie when it was last found to be ours
+        self._known_schema = -1  # SQLite's schema cookie when it was last found to be ours
         self._prepare()
 
     def __repr__(self) -> str:
@@ -1215,9 +1249,9 @@ class SQLiteDataStore(_Operations):
         gone = self._gone()
         return self._write(lambda sql: _mark_gone(sql, gone)) if gone else 0
 
-    def _gone(self) -> Sequence[Row]:
+    def _gone(self) -> list[Row]:
         """The rows of _RUNNING whose process is gone."""
-        return self._fetch(_RUNNING, _load_gone)
+        return self._fetch(_RUNNING, lambda rows: [row for row in rows if _is_gone(*row[3:])])
 
     def prune(self, keep: int | None = None, before: datetime | None = None) -> PruneSummary:
         """Delete, per ref, all but the newest `keep` records and background runs, and those that started
@@ -1228,13 +1262,13 @@ class SQLiteDataStore(_Operations):
         deleted = dict.fromkeys(_PRUNE, 0)
         with self.session() as session:
             for table, (refs, *statements) in _PRUNE.items():
-                for (ref,) in session._fetch(refs, list):
+                for (ref,) in session._fetch(refs, iter):
                     for statement, limit in zip(statements, limits, strict=True):
                         cells = {"ref": ref, "limit": limit}
                         while limit is not None and (step := session._execute(statement, cells=cells)):
                             deleted[table] += step
             free: Sequence[Row] = ()
-            while free != (free := session._fetch("PRAGMA freelist_count", list)) and free[0][0]:
+            while free != (free := session._fetch("PRAGMA freelist_count", iter)) and free[0][0]:
                 session._write(lambda sql: [*sql.execute(f"PRAGMA incremental_vacuum({_PRUNE_STEP})")])
             with session._connection as connection:
                 connection.begin_write()
@@ -1331,11 +1365,12 @@ class _Session(_Operations):
     def _read(self, work: Work[T], snapshot: bool = False) -> T:
         self._check_open()
         with self._connection as connection:
-            if connection.sql and connection.sql.in_transaction:
-                return work(connection.sql)
-            if connection.sql and not snapshot and not connection.seen:
+            sql = connection.sql
+            if sql and sql.in_transaction:
+                return work(sql)
+            if sql and not snapshot and not connection.seen:
                 try:
-                    return work(connection.sql)
+                    return work(sql)
                 except sqlite3.OperationalError:
                     pass  # somebody has the file to himself, or has emptied it: with more care then
             return connection.read(work)
@@ -1357,19 +1392,19 @@ class _Session(_Operations):
 # ---- the end of a store, and moving old data ---------------------------------------------------------------
 
 class _ExistingStore(SQLiteDataStore):
-    """A store that is used where it exists, and not made."""
+    """A store that isn't made by naming it."""
     def _prepare(self) -> None:
         pass
 
 
 def destroy_store(path: Path | None = None) -> None:
-    """Remove a store's file with all that is in it; a missing one is no error, what isn't a store is refused.
-    StoreBusyError where somebody keeps it open for longer than 3 seconds: the empty file is left."""
+    """Remove a store with its file; a missing one is no error, what isn't a store is refused. StoreBusyError
+    where somebody keeps it open for longer than 3 seconds: the empty file is left."""
     store = _ExistingStore(path)
     with _Connection(store) as connection:
         if not connection.open(make=False):
             return
-        if connection.begin(write=True):  # not alone with it yet: waiting for that would starve under load
+        if connection.begin(write=True):  # to be alone with it already here would starve under load
             for name in _plain_tables(connection.sql):
                 connection.sql.execute(f"DROP TABLE {_quoted(name)}")
             connection.sql.execute("PRAGMA user_version = 0")
@@ -1380,28 +1415,25 @@ def destroy_store(path: Path | None = None) -> None:
             while not _unlink(connection):
                 connection.close()
         except StoreBusyError:
-            raise _error(StoreBusyError, store.path, "the store has been emptied, but another process keeps"
-                         " it open, so only the empty file is left: end that and do it again") from None
+            raise _error(StoreBusyError, store.path, "the store has been emptied, but the file is left,"
+                         " since another process has it open: end that and do it again") from None
 
 
 def _unlink(connection: _Connection) -> bool:
-    """Unlink an emptied file; False where it is to be tried again, with the file that is at the path then.
-
-    Out of WAL mode, in which others could go on writing to it when nameless, and a new file meet its -wal.
-    """
+    """Unlink an emptied file; False where that is to be tried again, with the file that is at the path then.
+    In WAL mode others could go on writing to it when it has no name, and a new file would meet its -wal."""
     if connection.begin(write=False) or not connection.sql:
-        return True  # somebody has made a new store of it, which stays, or has removed it
+        return True  # others have made a new store of it, which stays, or have removed it
     connection.rollback()
-    sql = connection.sql
     try:
-        sql.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
-        sql.execute("PRAGMA journal_mode = MEMORY").fetchall()
-        sql.execute("BEGIN EXCLUSIVE")
+        connection.sql.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
+        connection.sql.execute("PRAGMA journal_mode = MEMORY").fetchall()
+        connection.sql.execute("BEGIN EXCLUSIVE")
         if connection.identify():
             return True
         if connection.has_moved():
             return False
-        if os.name == "nt":  # it can't unlink what is open, and refuses to where anybody else has it open
+        if os.name == "nt":  # it can't unlink what is open, here or elsewhere
             connection.close()
         os.unlink(connection.file)
         return True
@@ -1411,42 +1443,39 @@ def _unlink(connection: _Connection) -> bool:
 
 
 def migrate_process_buckets(path: Path | None = None) -> list[str]:
-    """Move other tables with just the columns `key` and `value` into scopes of their names, which it returns.
-
-    A variable that is there wins; NULL becomes "", a BLOB or number its text; of equal keys the last counts.
-    """
+    """Move other tables with just the columns `key` and `value` into scopes of their names; returns these.
+    Variables that are there stay; NULL becomes "", a BLOB or number its text; the last of equal keys wins."""
     if not _ExistingStore(path)._exists():
         return []
     store = SQLiteDataStore(path)
     return store._write(_move_legacy_tables) if store._read(_legacy_tables) else []
 
 
-def _plain_tables(sql: SQL) -> list[str]:
+def _plain_tables(sql: SQL, which: str = "true") -> list[str]:
     """The tables that are neither virtual nor SQLite's own, nor of a name that is no UTF-8."""
     sql.text_factory = _str
-    rows = sql.execute("""
-        SELECT CAST(name AS TEXT) FROM sqlite_master WHERE type = 'table' AND sql LIKE 'CREATE TABLE %'""")
+    rows = sql.execute(f"""
+        SELECT CAST(name AS TEXT) FROM sqlite_master AS found
+        WHERE type = 'table' AND sql LIKE 'CREATE TABLE %' AND {which}""")
     return [name for name, in rows if _folded(name)[:7] != "sqlite_" and isinstance(_text("name", name), str)]
 
 
 def _legacy_tables(sql: SQL) -> list[str]:
-    def columns(table: str) -> list[tuple[str, int]]:
-        return sorted((row[1], row[6]) for row in sql.execute(f"PRAGMA table_xinfo({_quoted(table)})"))
-
-    return _ordered(name for name in _plain_tables(sql)
-                    if name and _folded(name) not in _TABLES and columns(name) == [("key", 0), ("value", 0)])
+    names = _plain_tables(sql, """(SELECT count(*) = 2 AND sum(hidden = 0 AND name IN ('key', 'value')) = 2
+        FROM pragma_table_xinfo(found.name))""")
+    return _ordered(name for name in names if name and _folded(name) not in _TABLES)
 
 
 def _move_legacy_tables(sql: SQL) -> list[str]:
     moved = _legacy_tables(sql)
-    for name in moved:
-        # not by an index: the last row is that of the table's own order
-        rows = sql.execute(f"SELECT key, value FROM {_quoted(name)} NOT INDEXED")
-        variables = {_legacy_text(key): _legacy_text(value) for key, value in rows}
-        sql.execute(_ADD_BUCKET, {"bucket": name})
-        for key, value in variables.items():
-            sql.execute(_ADD_VAR, {"bucket": name, "key": key, "value": value})
-        sql.execute(f"DROP TABLE {_quoted(name)}")
+    for bucket in moved:
+        sql.execute(_ADD_BUCKET, {"bucket": bucket})
+        # in the table's own order, from its end, since _ADD_VAR lets stay what is there
+        rows = sql.execute(f"SELECT key, value FROM {_quoted(bucket)} NOT INDEXED").fetchall()
+        for key, value in reversed(rows):
+            cells = {"bucket": bucket, "key": _legacy_text(key), "value": _legacy_text(value)}
+            sql.execute(_ADD_VAR, cells)
+        sql.execute(f"DROP TABLE {_quoted(bucket)}")
     return moved
 
 
@@ -1470,11 +1499,9 @@ class PruneSummary(NamedTuple):
 
 
 class Execution:
-    """What execution() yields: `id`, `ref`, `bucket` (its scope) and `env` for a child to find both.
-
-    Within it there are a running record and the scope. On exit the scope goes, and the record is completed,
-    or failed: by an exception, or by the `exit_code` or `error` that the body may set, as `log_archive_id`.
-    """
+    """What execution() yields: `id`, `ref`, `bucket` (its scope), and `env`, by which a child finds both. On
+    exit the scope goes, and the running record becomes completed, or failed: by an exception, or by the
+    `exit_code` or `error` that the body may set, as `log_archive_id`."""
     def __init__(self, store: SQLiteDataStore, ref: str, id: str | None, fields: dict[str, Any]) -> None:
         if id is None:
             import uuid
@@ -1482,7 +1509,7 @@ class Execution:
             id = str(uuid.uuid4())
         _name("id", id)
         if id == ROOT_BUCKET or len(_utf8(id)) > 255 or not set("\0:/ ").isdisjoint(id):
-            raise ValueError("id must have at most 255 bytes, no NUL, colon, slash or space, and not be root")
+            raise ValueError("id must be up to 255 bytes without NUL, colon, slash and space, and not root")
         try:
             working_dir = os.getcwd()
         except OSError:  # it has been removed
@@ -1495,15 +1522,13 @@ class Execution:
         self.id = self.bucket = id
         self.ref = ref
         self.env = {**os.environ, BUCKET_ENV: id, "FLOWSTORE_PATH": store.path}
-        self.exit_code = 0
-        self.error = ""
+        self.exit_code, self.error = 0, ""
         self.log_archive_id = self._record.log_archive_id
 
     def __enter__(self) -> Self:
-        self._began = time.monotonic_ns()
-        self._record = self._record._replace(
-            started_at=_now(), status=RunStatus.RUNNING, pid=os.getpid())
-        row = _history_row(self._record, _process_note(os.getpid()))
+        self._began, pid = time.monotonic_ns(), os.getpid()
+        self._record = self._record._replace(started_at=_now(), status=RunStatus.RUNNING, pid=pid)
+        row = _history_row(self._record, _process_note(pid))
         self._store._execute(_RECORD, _ADD_BUCKET, cells=row, bucket=self.bucket)
         return self
 
@@ -1523,7 +1548,7 @@ class Execution:
         except StoreError as failure:
             if error is None:
                 raise
-            error.add_note(f"and the end of the run was not recorded: {failure}")  # the body's error goes on
+            error.add_note(f"and the end of the run was not recorded: {failure}")
 
 
 def _line(path: str) -> str:
@@ -1534,10 +1559,10 @@ def _line(path: str) -> str:
         return ""
 
 
-def _start_of(pid: int) -> str | None:
-    """When a process began, in ticks since the boot; "": it has ended; None: unknown."""
+def _start_of(pid: int) -> str:
+    """When a process began, in ticks since the boot; "": it has ended; "-": unknown."""
     fields = _line(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name before it may hold anything
-    return None if len(fields) < 20 else "" if fields[0] in "ZX" else fields[19]
+    return "-" if len(fields) < 20 else "" if fields[0] in "ZX" else fields[19]
 
 
 def _process_note(pid: int) -> str:
@@ -1545,26 +1570,18 @@ def _process_note(pid: int) -> str:
     boot = _line("/proc/sys/kernel/random/boot_id")
     try:
         machine = _line("/etc/machine-id") or os.uname().nodename
-        return f"{machine} {boot} {os.readlink('/proc/self/ns/pid')} {_start_of(pid) or '-'}" if boot else ""
+        return f"{machine} {boot} {os.readlink('/proc/self/ns/pid')} {_start_of(pid)}" if boot else ""
     except (OSError, AttributeError):
         return ""
 
 
-def _load_gone(rows: list[Row]) -> list[Row]:
-    pids, times, notes = ([row[at] for row in rows] for at in (3, 4, 5))
-    starts: Sequence[datetime] = _only(datetime, _times(_texts(times)))
-    judged = zip(rows, _only(int, pids), starts, _texts(notes), strict=True)
-    return [row for row, pid, start, note in judged if _is_gone(pid, start, note)]
-
-
-def _is_gone(pid: int, started_at: datetime, note: str) -> bool:
-    noted, here = note.split(" "), _process_note(pid).split(" ")
-    if len(noted) == 4:
-        if noted[1:2] != here[1:2]:  # another boot, of this machine or of another
-            return noted[0] == here[0]
-        if noted[2] != here[2]:
-            return False
-    if pid <= 0 or os.name == "nt":  # there os.kill() would end it
+def _is_gone(pid: object, start: object, note: object) -> bool:
+    [pid], [started_at] = _only(int, [pid]), _only(datetime, _times([_str(start)]))
+    noted, here = _str(note).split(" "), _process_note(pid).split(" ")
+    known = len(noted) == 4
+    if known and noted[1:2] != here[1:2]:  # another boot, of this machine or of another
+        return noted[0] == here[0]
+    if (known and noted[2] != here[2]) or pid <= 0 or os.name == "nt":  # there os.kill() would end it
         return False
     try:
         os.kill(pid, 0)
@@ -1572,38 +1589,35 @@ def _is_gone(pid: int, started_at: datetime, note: str) -> bool:
         return True
     except OSError:
         pass  # another user's
-    start = _start_of(pid)
-    if not start:
-        return start is not None
-    if len(noted) == 4:
-        return noted[3] not in (start, "-")
+    ticks = _start_of(pid)
+    if ticks in ("", "-"):
+        return not ticks
+    if known:
+        return noted[3] not in (ticks, "-")
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    return booted + int(start) / os.sysconf("SC_CLK_TCK") > started_at.timestamp() + 2  # s: clocks are set
+    return booted + int(ticks) / os.sysconf("SC_CLK_TCK") > started_at.timestamp() + 2  # s: clocks are set
 
 
 def _mark_gone(sql: SQL, gone: Iterable[Row]) -> int:
-    now, count = _instant("now", _now()), 0
-    for table, ref, id, pid, started_at, _ in gone:
-        cells = {"ref": ref, "id": id, "pid": pid, "start": started_at,
-                 "now": now, "error": _GONE, "bucket": id}
+    count = 0
+    for table, ref, id, pid, start, _ in gone:
+        cells = {"ref": ref, "bucket": id, "pid": pid, "start": start, "now": _instant("now", _now())}
         changed = sql.execute(f"""
-            UPDATE {table} SET status = 'failed', error = :error, completed_at = :now
-            WHERE status = 'running' AND ref = :ref AND started_at = :start AND id = :id AND pid = :pid""",
-            cells).rowcount
-        alive = sql.execute("SELECT 1 FROM history WHERE status = 'running' AND id = :id", cells).fetchone()
-        if changed and not alive and id not in ("", ROOT_BUCKET):
+            UPDATE {table} SET status = 'failed', error = '{_GONE}', completed_at = :now
+            WHERE status = 'running' AND ref = :ref AND id = :bucket AND pid = :pid AND started_at = :start
+            """, cells).rowcount
+        count += changed
+        if changed and id not in ("", ROOT_BUCKET) and not sql.execute(
+                "SELECT 1 FROM history WHERE status = 'running' AND id = :bucket", cells).fetchone():
             sql.execute(_DELETE_VARS, cells)
             sql.execute(_DELETE_BUCKET, cells)
-        count += changed
     return count
 
 
-# -- files of the original: bbolt
-
+# ---- files of the original: bbolt --------------------------------------------------------------------------
 
 class ImportSummary(NamedTuple):
     """What was added, legacy scopes met, and bucket, key and reason of what couldn't be read."""
-
     cache: int = 0
     history: int = 0
     background: int = 0
@@ -1625,15 +1639,21 @@ def import_bolt(source: Path, path: Path | None = None) -> ImportSummary:
         if not stat.S_ISREG(os.stat(source).st_mode):  # to open a pipe would wait
             raise ValueError("no regular file")
         with open(source, "rb") as stream, open(source, "rb") as lock:  # the map keeps what is under stream
-            # without it a writer could cut the file, which would kill who reads the map (SIGBUS)
-            _share_lock(lock, source, time.monotonic() + store._timeout)
-            file = _BoltFile(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
-            counts = store._write(lambda sql: _add_entries(sql, file))
+            _share_lock(lock, source, time.monotonic() + store._timeout)  # who cut it would kill us: SIGBUS
+            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                file = _BoltFile(data)
+                counts = store._write(lambda sql: _add_entries(sql, file))
+            finally:
+                try:
+                    data.close()
+                except BufferError:
+                    pass  # an error has a part of it, and takes it along
+    except StoreError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: no bbolt file, or empty
-        if isinstance(error, StoreError):
-            raise
         kind = StoreError if isinstance(error, OSError) else CorruptStoreError
-        raise kind(f"{source}: {error}: name a file of the original", source) from None
+        raise _error(kind, source, f"{error}: name a file of the original") from None
     more = [("", "", f"and {file.unnamed} more")] if file.unnamed else []
     return ImportSummary(**counts, problems=(*file.problems, *more))
 
@@ -1642,12 +1662,13 @@ def _share_lock(stream: Any, source: str, deadline: float) -> None:
     """Take the lock that bbolt takes, where the system has it."""
     while os.name == "posix":
         import fcntl
+
         try:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
             break
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise StoreBusyError(f"{source}: another process has it locked: end that", source) from None
+                raise _error(StoreBusyError, source, "another process has it locked: end that") from None
             time.sleep(0.01)
         except OSError:
             break
@@ -1754,8 +1775,7 @@ def _go_decoder() -> Any:
     tags = {name: tag for tag in map(_tag, ExecutionRecord._fields) for name in (tag, tag.lower())}
 
     def by_tag(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        """Names in any case (lower() knows the Kelvin sign, but not the long s), the last of equals; null
-        changes nothing but the one pointer."""
+        # lower() knows the Kelvin sign, but not the long s; null changes nothing but the one pointer
         return {tag: value for name, value in pairs
                 if (tag := tags.get(name) or tags.get(name.lower().replace("\u017f", "s")))
                 and (value is not None or tag == "completedAt")}
@@ -1773,7 +1793,6 @@ _BRANCH = struct.Struct("<IIQ")  # pos, key size, page
 
 class _BoltFile:
     """A file of bbolt; its problems are bucket, key (or "") and reason of what can't be read."""
-
     def __init__(self, data: Any) -> None:
         self.data = data
         self.problems: list[tuple[str, str, str]] = []
@@ -1817,8 +1836,7 @@ class _BoltFile:
         return flags, table, count, end
 
     def entries(self) -> Iterable[tuple[tuple[bytes, ...], bytes, Any]]:
-        """Yield bucket path, key and value of everything, a bucket (its value is None) before what is in it,
-        in the order of keys; legacy scopes last."""
+        """Yield bucket path, key and value (None: a bucket, before what is in it), legacy scopes last."""
         data, view = self.data, memoryview(self.data)
         stack: list[Any] = [((), self.top)]
         later: list[Any] = []
@@ -1882,26 +1900,28 @@ def _parse(argv: list[str]) -> Any:
     import argparse  # a third of a start
 
     end = argv.index("--") if "--" in argv else len(argv)
-    words = iter(argv[:end])  # --store takes the word behind it
-    name = next((word for word in words
-                 if word[:1] != "-" or (word == "--store" and next(words, None) is None)), "")
-    usage = next((line for line in _COMMANDS.splitlines() if line.split()[0] == name),
-                 f"COMMAND\n\n{_COMMANDS}")
-    usage = f"flowstore [--store PATH] [--json] [--version] {usage}"
-    parser = argparse.ArgumentParser(
-        "flowstore", usage, allow_abbrev=False,
+    name = next((word for word, before in zip(argv[:end], ["", *argv], strict=False)
+                 if word[:1] != "-" and before != "--store"), "")
+    commands = {line.split()[0]: line for line in _COMMANDS.splitlines()}
+    usage = commands.get(name, f"COMMAND\n\n{_COMMANDS}")
+    usage = f"flowstore [--store PATH] [--json] [--help] [--version] {usage}"
+    parser: Any = argparse.ArgumentParser(
+        "flowstore", usage, add_help=False, allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100))  # else it imports shutil
-    parser.add_argument("--version", action="version", version=f"flowstore {__version__}")
-    kinds = {"--store": str, "-n": int, "--keep": int, "--before": _age_or_date}
-    for flag in ("--json", "--global", "--all", *kinds):
+    parser.add_argument("-h", "--help", action="store_true")
+    switch, number = {"action": "store_true"}, {"type": int}
+    flags: dict[str, Any] = {
+        "--store": {}, "--json": switch, "--version": switch, "--global": switch, "--all": switch,
+        "-n": number, "--keep": number, "--before": {"type": _age_or_date}}
+    for flag, kind in flags.items():
         if f"[{flag}" in usage:
-            kind = {"type": kinds[flag]} if flag in kinds else {"action": "store_true"}
             parser.add_argument(flag, **kind)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-    options, others = parser.parse_known_intermixed_args(argv[:end])
-    options.error, options.command = parser.error, argv[end + 1 :]
-    if others:  # not repeated: they may be the value of a variable
-        parser.error("unknown options: put -- before words that begin with a dash")
+    parser.add_argument("words", nargs="*")
+    if name == "set":  # what it doesn't understand argparse repeats: here that may be a secret
+        wrong = parser.error
+        parser.error = lambda _: wrong("wrong arguments: put -- before words that begin with a dash")
+    options = parser.parse_intermixed_args(argv[:end])
+    options.usage, options.error, options.command, options.status = usage, parser.error, argv[end + 1 :], 0
     options.words += [] if name == "run" else options.command
     if name not in ("import", "backup"):  # as UTF-8, in whatever encoding the terminal is
         options.words = [_str(os.fsencode(word)) for word in options.words]
@@ -1909,36 +1929,41 @@ def _parse(argv: list[str]) -> Any:
 
 
 def _age_or_date(text: str) -> datetime:
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
     if text[-1:] in units and text[:-1].isdecimal():
-        return _now() - timedelta(seconds=int(text[:-1]) * units[text[-1]])
+        return _now() - timedelta(**{units[text[-1]]: int(text[:-1])})
     return datetime.fromisoformat(text).astimezone(timezone.utc)
 
 
 def _store(options: Any) -> SQLiteDataStore:
     store = _ExistingStore(options.store)
     original = os.path.join(os.path.dirname(store.path), "store.db")
-    if not (options.store or os.environ.get("FLOWSTORE_PATH")) and (
-            os.path.exists(original) and not store._exists()):
+    if os.path.exists(original) and not (
+            options.store or os.environ.get("FLOWSTORE_PATH") or store._exists()):
         _complain(f"the original's store is here too, bring it over with `flowstore import {original}`")
     return store
 
 
 def _answer(options: Any) -> Any:
-    """Do a command, and return what it says: a document, with a text where it isn't _plain()."""
+    """Do a command; returns a document, with its text where that isn't _plain()."""
+    if options.help or options.version:
+        return f"usage: {options.usage}" if options.help else f"flowstore {__version__}"
+    match options.words:
+        case ["run", ref] if options.command:
+            sys.exit(_run(options, ref))
     store = _store(options)
     bucket = ROOT_BUCKET if vars(options).get("global") else _str(os.fsencode(environment_bucket()))
     match options.words:
         case ["set", key] | ["set", key, "-"]:
-            value = sys.stdin.buffer.read().removesuffix(b"\n") if sys.stdin else b""
-            store.set_process_var(bucket, key, _str(value))
+            value = sys.stdin.buffer.read() if sys.stdin else b""
+            store.set_process_var(bucket, key, _str(value.removesuffix(b"\n")))
         case ["set", key, value]:
             store.set_process_var(bucket, key, value)
         case ["get", key]:
             return store.get_process_var(bucket, key)
         case ["list"]:
             variables = store.get_all_process_vars(bucket)
-            return variables, _table("KEY VALUE", [*variables.items()])
+            return variables, _table("KEY VALUE", variables.items())
         case ["clear"] if options.all:
             destroy_store(store.path)
         case ["prune"]:
@@ -1955,14 +1980,17 @@ def _answer(options: Any) -> Any:
         case ["background", *id] if len(id) < 2:
             runs = _reconciled(store, "background", lambda: (
                 [store.get_background_run(*id)] if id else store.list_background_runs()))
+            text = _table("STATUS STARTED REF ID PID ERROR", [
+                (run.status, run.started_at, run.ref, run.id, run.pid, run.error) for run in runs])
             documents = [run.to_dict() for run in runs]
-            return documents[0] if id else documents, _table("STATUS STARTED REF ID PID ERROR", [
-                [run.status, _shown_time(run.started_at), run.ref, run.id, str(run.pid), run.error]
-                for run in runs])
+            return documents[0] if id else documents, text
         case ["import", file]:
-            found, keys = import_bolt(file, store.path), ("bucket", "key", "reason")
-            problems = [dict(zip(keys, problem, strict=True)) for problem in found.problems]
-            return {**found._asdict(), "problems": problems}
+            found = import_bolt(file, store.path)._asdict()
+            problems = found.pop("problems")
+            options.status = 1 if problems else 0
+            text = _plain(found) + _plain([f"problems {' '.join(each)}" for each in problems])
+            names = "bucket", "key", "reason"
+            return {**found, "problems": [dict(zip(names, each, strict=True)) for each in problems]}, text
         case ["migrate"]:
             return migrate_process_buckets(store.path)
         case ["backup", file]:
@@ -1977,16 +2005,19 @@ def _answer(options: Any) -> Any:
 
 
 def _reconciled(store: SQLiteDataStore, table: str, read: Callable[[], list[Record]]) -> list[Record]:
-    """What read() returns once the store is reconciled, also where that can't be saved."""
+    """What read() returns once the store is reconciled, even where that can't be saved."""
     gone = {(_str(ref), _str(id), _str(start)[:26], pid)
             for kind, ref, id, pid, start, _ in store._gone() if kind == table}
     try:
         store.reconcile()
     except StoreError:
         pass
-    return [run._replace(status=RunStatus.FAILED, error=_GONE) if run.status == RunStatus.RUNNING
-            and (run.ref, run.id, _instant("", run.started_at)[:26], run.pid) in gone else run
-            for run in read()]
+    runs = read()
+    for at, run in enumerate(runs):
+        key = run.ref, run.id, _instant("", run.started_at)[:26], run.pid
+        if run.status == RunStatus.RUNNING and key in gone:
+            runs[at] = run._replace(status=RunStatus.FAILED, error=_GONE)
+    return runs
 
 
 def _history(store: SQLiteDataStore, ref: list[str], limit: int) -> tuple[Any, str]:
@@ -1998,44 +2029,40 @@ def _history(store: SQLiteDataStore, ref: list[str], limit: int) -> tuple[Any, s
         return sorted(records, key=lambda record: record.started_at, reverse=True)[: limit or None]
 
     marks = {RunStatus.COMPLETED: ("✓", 32), RunStatus.FAILED: ("✗", 31), RunStatus.RUNNING: ("●", 33)}
-    rows: list[list[str]] = []
+    terminal, records, rows = os.isatty(1), _reconciled(store, "history", read), []
     spans: dict[str, list[float]] = {}
-    for record in (records := _reconciled(store, "history", read)):
+    for record in records:
         status = record.status or (RunStatus.FAILED if record.exit_code else RunStatus.COMPLETED)
         seconds = record.duration.total_seconds()
-        rows.append([marks.get(status, (status,))[0] if os.isatty(1) else status,
-                     _shown_time(record.started_at), record.ref, f"{seconds:.3f}", str(record.exit_code),
-                     record.error or record.label or record.command])
+        rows.append((marks.get(status, (status,))[0] if terminal else status, record.started_at, record.ref,
+                     f"{seconds:.3f}", record.exit_code, record.error or record.label or record.command))
         if status != RunStatus.RUNNING:
-            spans.setdefault(_escaped(record.ref), []).insert(0, seconds)
+            spans.setdefault(record.ref, []).insert(0, seconds)
     text = _table(" STARTED REF SECONDS EXIT NOTE", rows)
-    if os.isatty(1):
+    if terminal:
         for mark, colour in () if os.environ.get("NO_COLOR") else marks.values():
             text = text.replace(f"\n{mark}", f"\n\033[{colour}m{mark}\033[0m")
         for name, values in spans.items():
             scale = 7.99 / max(*values, 1e-6)
             bars = "".join("▁▂▃▄▅▆▇█"[max(0, int(value * scale))] for value in values)
-            text += f"{name}  {bars}\n" * (len(bars) > 1)
+            text += f"{_shown(name)}  {bars}\n" * (len(bars) > 1)
     return [record.to_dict() for record in records], text
 
 
 def _verified(store: SQLiteDataStore) -> dict[str, Any]:
-    def work(sql: SQL) -> dict[str, Any]:
-        def one(statement: str) -> Any:
-            return sql.execute(statement).fetchone()[0]
-
-        page = one("PRAGMA page_size")
-        return {"path": store.path, "check": one("PRAGMA quick_check(1)"),
-                "size": page * one("PRAGMA page_count"), "free": page * one("PRAGMA freelist_count"),
-                "schema": one("PRAGMA user_version"), "sqlite": sqlite3.sqlite_version,
-                **{table: one(f"SELECT count(*) FROM {table}") for table in _TABLES}}
-
+    questions = {
+        "check": "PRAGMA quick_check(1)",
+        "size": "SELECT page_size * page_count FROM pragma_page_size, pragma_page_count",
+        "free": "SELECT page_size * freelist_count FROM pragma_page_size, pragma_freelist_count",
+        "schema": "PRAGMA user_version", "sqlite": "SELECT sqlite_version()",
+        **{table: f"SELECT count(*) FROM {table}" for table in _TABLES}}
     if not store._exists():
         raise _error(StoreError, store.path, "there is no store here yet: `flowstore set` makes one")
-    found = store._read(work, snapshot=True)
+    found = store._read(lambda sql: {name: sql.execute(question).fetchone()[0]
+                                     for name, question in questions.items()}, snapshot=True)
     if found["check"] != "ok":
         raise _error(CorruptStoreError, store.path, f"{found['check']}: restore a backup, or move it away")
-    return found
+    return {"path": store.path, **found}
 
 
 def _run(options: Any, ref: str) -> int:
@@ -2052,30 +2079,31 @@ def _run(options: Any, ref: str) -> int:
 
 
 def _call(command: list[str], env: dict[str, str] | None) -> tuple[int, str]:
-    """Run a command; its exit status as a shell gives it, and what went wrong. Signals are passed on to it,
-    also after its end: none may end this process before that is recorded."""
+    """Run a command; returns its exit status, as a shell's, and what went wrong. Signals are passed on to it,
+    and caught after its end too: none may end this process before that is recorded."""
     import contextlib
     import signal
     import subprocess
 
-    children: list[subprocess.Popen[bytes]] = []
+    child: subprocess.Popen[bytes] | None = None
     early: list[int] = []  # signals from before there is a child
 
     def forward(number: int, _: object) -> None:
+        if not child:
+            early.append(number)
+            return
         with contextlib.suppress(OSError), open("/dev/tty", "rb") as terminal:
-            if children and number in (2, 3) and os.tcgetpgrp(terminal.fileno()) == os.getpgrp():
+            if number in (2, 3) and os.tcgetpgrp(terminal.fileno()) == os.getpgrp():
                 return  # the terminal has sent it to the child too
-        early.extend([] if children else [number])
-        for child in children:
-            with contextlib.suppress(OSError, ValueError):  # it may have become another user's
-                child.send_signal(number)
+        with contextlib.suppress(OSError, ValueError):  # it may have become another user's
+            child.send_signal(number)
 
     for name in ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, forward)
     try:
-        children.append(child := subprocess.Popen(command, env=env, close_fds=False))
+        child = subprocess.Popen(command, env=env, close_fds=False)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         _complain(reason := f"command {'not found' if missing else 'can not be executed'}: {command[0]}")
@@ -2091,58 +2119,45 @@ def _call(command: list[str], env: dict[str, str] | None) -> tuple[int, str]:
 def _complain(text: str) -> None:
     try:
         if sys.stderr is not None:
-            os.write(2, _utf8(f"flowstore: {_escaped(text)}\n"))  # unbuffered: the exit has nothing to flush
+            os.write(2, _utf8(f"flowstore: {_shown(text)}\n"))  # unbuffered: the exit has nothing to flush
     except OSError:
         pass
 
 
-def _escaped(text: str) -> str:
-    """Text that can't move the cursor or break a line."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+def _shown(value: object) -> str:
+    """A value without what moves the cursor; a time in the user's zone on a terminal, else in RFC 3339."""
+    if isinstance(value, datetime):
+        if not os.isatty(1):
+            return _instant("time", value)
+        local = value.astimezone() if 1970 < value.year < 9999 else value  # beyond, not every system can
+        return str(local)[:19]
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(value))
 
 
-def _table(header: str, rows: Sequence[Sequence[str]]) -> str:
+def _table(header: str, rows: Iterable[Iterable[object]]) -> str:
     """Rows with a header and aligned on a terminal, else separated by tabs."""
-    rows = [[_escaped(cell) for cell in row] for row in rows]
+    cells = [[*map(_shown, row)] for row in rows]
     if not os.isatty(1):
-        return "".join("\t".join(row) + "\n" for row in rows)
-    rows = [header.split(" "), *rows]
-    rows = [[cell if len(cell) <= 60 else cell[:59] + "…" for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "".join("  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in rows)
+        return "".join("\t".join(row) + "\n" for row in cells)
+    cells = [[cell if len(cell) <= 60 else cell[:59] + "…" for cell in row]
+             for row in (header.split(" "), *cells)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "".join("  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in cells)
 
 
 def _plain(document: Any) -> str:
-    """A value as it is; names, or names with their values, a line each."""
+    """A str as it is; else a line for each name, of a dict with its value."""
     if isinstance(document, str):
         return document + "\n"
-    lines = document if isinstance(document, list) else [
-        f"{name} {value}" for name, values in document.items()
-        for value in ([" ".join(each.values()) for each in values] if isinstance(values, list) else [values])]
-    return "".join(_escaped(line) + "\n" for line in lines)
-
-
-def _shown_time(moment: datetime) -> str:
-    """A time in the user's zone on a terminal, else in RFC 3339."""
-    if not os.isatty(1):
-        return _instant("time", moment)
-    local = moment.astimezone() if 1970 < moment.year < 9999 else moment  # beyond, not every system can
-    return local.isoformat(" ", "seconds")[:19]
+    if isinstance(document, dict):
+        document = [f"{name} {value}" for name, value in document.items()]
+    return "".join(_shown(line) + "\n" for line in document)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """The command line. Ends by SystemExit: 0 done, 1 not found or failed, 2 wrong usage; run: the
-    command's own."""
+    """The command line. Ends by SystemExit: 0 done, 1 failed or not found, 2 usage; run: its command's."""
     try:
-        try:
-            options = _parse([*(sys.argv[1:] if argv is None else argv)])
-        except SystemExit:  # of argparse, which has printed something
-            if sys.stdout is not None:
-                sys.stdout.flush()
-            raise
-        match options.words:
-            case ["run", ref] if options.command:
-                sys.exit(_run(options, ref))
+        options = _parse([*(sys.argv[1:] if argv is None else argv)])
         found = _answer(options)
         document, text = found if isinstance(found, tuple) else (found, _plain(found))
         if options.json:
@@ -2152,13 +2167,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if sys.stdout is not None:
             with open(1, "wb", closefd=False) as stream:
                 stream.write(_utf8(text))
-        status = 1 if options.words[0] == "import" and document["problems"] else 0
+        status = options.status
     except KeyboardInterrupt:
         status = 130
     except (StoreError, OSError, ValueError, OverflowError) as error:
         status = 1 if isinstance(error, (StoreError, OSError)) else 2
-        if isinstance(error, OSError) and sys.stdout is not None:  # nothing is tried again at the exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if not isinstance(error, BrokenPipeError):  # the reader has seen enough
             _complain(str(error))
     sys.exit(status)
