@@ -503,11 +503,12 @@ _SCHEMA = {
 _DIGITS = set("0123456789,.+- ")
 _TABLES = [name for name, definition in _SCHEMA.items() if definition.startswith("TABLE")]
 
-# the size limit cuts a grown WAL when it starts anew; the last two are for files from elsewhere
-_SETTINGS = """
-    PRAGMA synchronous = FULL; PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON;
-    PRAGMA wal_autocheckpoint = 0; PRAGMA journal_size_limit = 0; PRAGMA secure_delete = ON;
-    PRAGMA trusted_schema = OFF; PRAGMA cell_size_check = ON;"""
+# for files from elsewhere; and its close may be the last, with a checkpoint
+_READ_SETTINGS = "PRAGMA trusted_schema = OFF; PRAGMA cell_size_check = ON; PRAGMA checkpoint_fullfsync = ON;"
+# the size limit cuts a grown WAL when it starts anew
+_SETTINGS = _READ_SETTINGS + """
+    PRAGMA synchronous = FULL; PRAGMA fullfsync = ON; PRAGMA wal_autocheckpoint = 0;
+    PRAGMA journal_size_limit = 0; PRAGMA secure_delete = ON;"""
 
 _EXECUTION = ", ".join(ExecutionRecord._fields)
 _BACKGROUND = ", ".join(BackgroundRun._fields)
@@ -557,17 +558,15 @@ _DELETE_VAR = "DELETE FROM process_vars WHERE bucket = :bucket AND key = :key"
 _RUNNING = """
     SELECT 'history', ref, id, pid, started_at, process FROM history WHERE status = 'running'
     UNION ALL SELECT 'background', ref, id, pid, started_at, '' FROM background WHERE status = 'running'"""
-_PRUNE_STEP = 500  # rows, or pages: a few milliseconds
-_PRUNE = {table: [refs, *(f"""
+_PRUNE_STEP = 500  # rows, or pages: milliseconds, or tens of them
+_PRUNE = {table: (refs, f"""
+    SELECT started_at, {key} FROM {table} WHERE ref = :ref AND status <> 'running'
+    ORDER BY started_at DESC, {key} DESC LIMIT 1 OFFSET :keep""", f"""
     DELETE FROM {table} WHERE {key} IN (
-        SELECT {key} FROM {table} WHERE ref = :ref AND status <> 'running' {which}
-        LIMIT {_PRUNE_STEP} OFFSET {first})"""
-    for which, first in (
-        (f"ORDER BY started_at DESC, {key} DESC", ":limit"), ("AND started_at < :limit", "0")))]
+        SELECT {key} FROM {table} WHERE ref = :ref AND status <> 'running'
+            AND (started_at, {key}) <= (:start, :key) LIMIT {_PRUNE_STEP})""")
     for table, key, refs in (
         ("history", "rowid", _REFS), ("background", "id", "SELECT DISTINCT ref FROM background"))}
-
-
 _OBJECTS = """
     SELECT CAST(type AS BLOB), CAST(name AS BLOB), CAST(tbl_name AS BLOB), CAST(sql AS BLOB)
     FROM sqlite_master"""
@@ -706,8 +705,11 @@ def _refuse_planted(path: str, *endings: str) -> bool:
         return False
     shared = os.name == "posix" and bool(folder.st_mode & stat.S_IWOTH)
     for ending in endings if shared else ():
-        entry = os.lstat(path + ending) if os.path.lexists(path + ending) else folder
-        if entry.st_uid not in (os.geteuid(), folder.st_uid):
+        try:
+            owner = os.lstat(path + ending).st_uid
+        except FileNotFoundError:
+            continue
+        if owner not in (os.geteuid(), folder.st_uid):
             raise _error(StoreError, path + ending, "another user's, and anyone may write to its folder:"
                          " name a path in a folder of your own")
     return shared
@@ -771,7 +773,7 @@ class _Connection:
         self.held = held  # over several uses
         self.sql: Any = None  # the sqlite3.Connection, while it is open
         self.inode = 0  # of the file that was opened
-        self.fresh = True  # until the settings are made
+        self.settings = ""  # those that are made
         self.cookie: int | None = None  # of the schema, when it was found to be complete
         self.seen: tuple[int, ...] | None = None  # look() at a file that is opened as one at rest
         self.waiting_since = self.pause = self.measured = 0.0
@@ -809,7 +811,7 @@ class _Connection:
                     _refuse_planted(self.file, "", "-wal", "-shm", "-journal")
                 seen = self.look() if look or not os.access(self.file, os.W_OK) else (1,)
                 self.sql = _connect(self.file, "mode=rw" if seen[-1] else "mode=ro&immutable=1")
-                self.seen, self.fresh, self.cookie = None if seen[-1] else seen, True, None
+                self.seen, self.settings, self.cookie = None if seen[-1] else seen, "", None
             except (FileNotFoundError, NotADirectoryError):
                 if not make:
                     return False
@@ -838,7 +840,10 @@ class _Connection:
     def look(self) -> tuple[int, ...]:
         """The state of a file; last the size of its WAL."""
         status = os.stat(self.file)
-        wal = os.stat(self.file + "-wal").st_size if os.path.exists(self.file + "-wal") else 0
+        try:
+            wal = os.stat(self.file + "-wal").st_size
+        except FileNotFoundError:
+            wal = 0
         return status.st_ino, status.st_mtime_ns, status.st_size, wal
 
     def wait(self) -> None:
@@ -876,9 +881,10 @@ class _Connection:
             if write and self.seen:  # SQLite would begin a read
                 raise _error(StoreError, self.file, _REASONS[sqlite3.SQLITE_READONLY])
             try:
-                if self.fresh:  # here, since some of them read the file
-                    self.sql.executescript(_SETTINGS)
-                    self.fresh = False
+                settings = _SETTINGS if write else self.settings or _READ_SETTINGS
+                if self.settings != settings:  # here, since some of them read the file
+                    self.sql.executescript(settings)
+                    self.settings = settings
                 known = self.cookie is not None  # and in WAL mode: SQLite keeps a lock, so that it can't move
                 self.sql.execute("BEGIN IMMEDIATE" if write else "BEGIN")
                 complete = self.identify()
@@ -901,13 +907,11 @@ class _Connection:
 
     def identify(self) -> bool:
         """Whether the file is a complete store, not a blank or older one; another's is refused."""
-        def pragma(name: str) -> int:
-            return int(self.sql.execute(f"PRAGMA {name}").fetchone()[0])
-
-        cookie = pragma("schema_version")
+        [cookie] = self.sql.execute("PRAGMA schema_version").fetchone()
         if cookie == self.cookie:
             return True
-        application, version = pragma("application_id"), pragma("user_version")
+        [application] = self.sql.execute("PRAGMA application_id").fetchone()
+        [version] = self.sql.execute("PRAGMA user_version").fetchone()
         if application != _APPLICATION_ID and (application or version or cookie):
             raise _error(CorruptStoreError, self.file, "another program's SQLite file (application id"
                          f" {application:#x}), so no store: name another path")
@@ -920,7 +924,7 @@ class _Connection:
                 return False
             self.store._known_schema = cookie
         self.cookie = cookie if version == _VERSION else None
-        return version == _VERSION
+        return self.cookie is not None
 
     def rollback(self) -> None:
         if self.sql and self.sql.in_transaction:
@@ -973,7 +977,10 @@ class _Connection:
                 if not self.seen or self.seen == self.look():
                     raise
             finally:
-                self.rollback()
+                if self.held:
+                    self.rollback()
+                else:
+                    self.close()
             self.close()  # somebody has written to what could only be looked at
             self.wait()
 
@@ -1068,8 +1075,9 @@ class _Operations(DataStore):
         return self._read(work, snapshot=True)
 
     def _execute(self, *statements: str, cells: Cells | None = None, **names: Any) -> int:
+        """Run the statements in one transaction; how many rows they changed."""
         values = _checked(names, cells)
-        return self._write(lambda sql: sum(sql.execute(each, values).rowcount for each in statements))
+        return self._write(lambda sql: sum([sql.execute(each, values).rowcount for each in statements]))
 
     # -- cache
     def set_cache_entry(self, key: str, value: bytes) -> None:
@@ -1258,15 +1266,17 @@ class SQLiteDataStore(_Operations):
         before `before`. Running ones stay and don't count. In small steps: no writer waits for long."""
         if keep is not None and _integer("keep", keep) < 0:
             raise ValueError("keep must be 0 or more")
-        limits = keep, None if before is None else _instant("before", before)
+        limits: list[Row] = [] if before is None else [(_instant("before", before), None)]
         deleted = dict.fromkeys(_PRUNE, 0)
         with self.session() as session:
-            for table, (refs, *statements) in _PRUNE.items():
+            for table, (refs, newest, delete) in _PRUNE.items():
                 for (ref,) in session._fetch(refs, iter):
-                    for statement, limit in zip(statements, limits, strict=True):
-                        cells = {"ref": ref, "limit": limit}
-                        while limit is not None and (step := session._execute(statement, cells=cells)):
-                            deleted[table] += step
+                    # the newest that goes, by start and key
+                    beyond = [] if keep is None else session._fetch(newest, iter, {"ref": ref, "keep": keep})
+                    for start, key in (*limits, *beyond):
+                        cells = {"ref": ref, "start": start, "key": key}
+                        while count := session._execute(delete, cells=cells):
+                            deleted[table] += count
             free: Sequence[Row] = ()
             while free != (free := session._fetch("PRAGMA freelist_count", iter)) and free[0][0]:
                 session._write(lambda sql: [*sql.execute(f"PRAGMA incremental_vacuum({_PRUNE_STEP})")])
