@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import codecs
 import gc
-import mmap
 import os
 import sqlite3
 import stat
@@ -32,6 +31,7 @@ from datetime import datetime, timedelta, timezone
 from functools import cache, lru_cache, partial
 from itertools import groupby, islice
 from threading import get_ident
+from weakref import WeakSet, WeakValueDictionary
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -329,7 +329,7 @@ def _load(cls: type[Record], rows: Iterable[Row]) -> Iterator[Record]:
     """Make records of rows: by columns, since a call for each cell would take most of the time of a large
     read, and in batches that a processor has at hand."""
     rows, make = iter(rows), partial(tuple.__new__, cls)
-    while batch := [*islice(rows, 500)]:
+    while batch := [*islice(rows, 1000)]:
         columns: list[Sequence[Any]] = []
         for field, cells in zip(cls._fields, zip(*batch, strict=True), strict=True):
             if field == "duration":  # cut towards zero, so that the extremes can be stored again
@@ -608,27 +608,28 @@ class _Process:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
-        self.operations: list[int] = []  # by thread
+        self.operations: set[int] = set()  # the threads that are in one
         self.forking = self.forks = 0
-        self.connections: dict[SQL, str] = {}  # with their files
-        self.transactions: dict[tuple[int, str], object] = {}  # by thread and file
+        # weak: an interrupt at the very beginning of __exit__() leaves one open, which its __del__() closes
+        self.connections: WeakSet[_Connection] = WeakSet()
+        self.transactions: WeakValueDictionary[tuple[int, str], _Session] = WeakValueDictionary()
         self.lost: set[str] = set()  # files open at the fork: SQLite believes in locks that a child hasn't
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(before=self.before, after_in_parent=self.after, after_in_child=self.in_child)
 
     def stand_back(self) -> None:
         with self.lock:
-            self.operations.remove(get_ident())
+            self.operations.discard(get_ident())
             self.changed.notify_all()
             while self.forking:
                 self.changed.wait()
-            self.operations.append(get_ident())
+            self.operations.add(get_ident())
 
     def before(self) -> None:
         own = {get_ident()}
         self.lock.acquire()
         self.forking += 1
-        self.changed.wait_for(lambda: own.issuperset(self.operations), _FORK_PATIENCE)
+        self.changed.wait_for(lambda: self.operations <= own, _FORK_PATIENCE)
 
     def after(self) -> None:
         self.forking -= 1
@@ -639,10 +640,13 @@ class _Process:
         self.changed = threading.Condition(self.lock)
         self.forks += 1
         self.forking = 1
-        self.operations = [thread for thread in self.operations if thread == get_ident()]
-        self.lost.update(self.connections.values())
-        if self.connections:  # closing one here would undo what the parent writes: keep them for good
-            kept: list[Any] = [*self.connections]
+        self.operations &= {get_ident()}
+        kept: list[Any] = []
+        for connection in self.connections:  # closing one here would undo what the parent writes
+            self.lost.add(connection.file)
+            kept.append(connection.sql)
+            connection.sql = None
+        if kept:  # for good
             kept.append(kept)
             gc.freeze()
         self.connections.clear()
@@ -738,15 +742,8 @@ def _uri(file: str) -> str:
 
 def _connect(file: str, options: str = "mode=rw") -> SQL:
     with _process.lock:
-        sql = sqlite3.connect(f"{_uri(file)}?{options}", uri=True, timeout=0, isolation_level=None,
-                              check_same_thread=False)
-        _process.connections[sql] = file
-    return sql
-
-
-def _disconnect(sql: SQL) -> None:
-    _process.connections.pop(sql, None)
-    sql.close()
+        return sqlite3.connect(f"{_uri(file)}?{options}", uri=True, timeout=0, isolation_level=None,
+                               check_same_thread=False)
 
 
 def _create(sql: SQL) -> None:
@@ -768,10 +765,11 @@ def _read_blank(work: Work[T]) -> T:
 class _Connection:
     """A connection to a file: only here it is opened and recognised, locks are awaited, transactions begun
     and ended. `with` encloses each use: a fork waits for its end, and errors become StoreErrors."""
+    sql: Any = None  # the sqlite3.Connection, while it is open
+
     def __init__(self, store: SQLiteDataStore, held: bool = False) -> None:
         self.store, self.file = store, store._file
         self.held = held  # over several uses
-        self.sql: Any = None  # the sqlite3.Connection, while it is open
         self.inode = 0  # of the file that was opened
         self.settings = ""  # those that are made
         self.cookie: int | None = None  # of the schema, when it was found to be complete
@@ -779,7 +777,7 @@ class _Connection:
         self.waiting_since = self.pause = self.measured = 0.0
 
     def __enter__(self) -> Self:
-        _process.operations.append(get_ident())
+        _process.operations.add(get_ident())
         if _process.forking:
             _process.stand_back()
         return self
@@ -789,7 +787,7 @@ class _Connection:
             if not self.held:
                 self.close()
         finally:
-            _process.operations.remove(get_ident())
+            _process.operations.discard(get_ident())
             if _process.forking:
                 with _process.lock:
                     _process.changed.notify_all()
@@ -810,7 +808,9 @@ class _Connection:
                 if self.store._shared:
                     _refuse_planted(self.file, "", "-wal", "-shm", "-journal")
                 seen = self.look() if look or not os.access(self.file, os.W_OK) else (1,)
-                self.sql = _connect(self.file, "mode=rw" if seen[-1] else "mode=ro&immutable=1")
+                with _process.lock:
+                    self.sql = _connect(self.file, "mode=rw" if seen[-1] else "mode=ro&immutable=1")
+                    _process.connections.add(self)
                 self.seen, self.settings, self.cookie = None if seen[-1] else seen, "", None
             except (FileNotFoundError, NotADirectoryError):
                 if not make:
@@ -828,7 +828,10 @@ class _Connection:
     def close(self) -> None:
         sql, self.sql = self.sql, None
         if sql:
-            _disconnect(sql)
+            sql.close()
+            _process.connections.discard(self)
+
+    __del__ = close
 
     def has_moved(self) -> bool:
         """Whether others have destroyed the file that was opened."""
@@ -959,7 +962,7 @@ class _Connection:
             try:
                 other.executescript(f"{_SETTINGS} PRAGMA wal_checkpoint(PASSIVE)")
             finally:
-                _disconnect(other)
+                other.close()
         finally:
             self.rollback()
 
@@ -1311,7 +1314,7 @@ def _copy(sql: SQL, target: str) -> None:
         copy.executescript(_SETTINGS)
         sql.backup(copy)
     finally:
-        _disconnect(copy)
+        copy.close()
 
 
 class _Session(_Operations):
@@ -1368,7 +1371,7 @@ class _Session(_Operations):
             self._check_alive()
 
     def _check_alive(self) -> None:
-        if not self._connection.sql.in_transaction:
+        if not (self._connection.sql and self._connection.sql.in_transaction):
             raise _error(StoreError, self.path, "SQLite has rolled this transaction back (a full disk?):"
                          " nothing of it was changed; begin it again")
 
@@ -1641,10 +1644,13 @@ class ImportSummary(NamedTuple):
 def import_bolt(source: Path, path: Path | None = None) -> ImportSummary:
     """Add what a file of the original has in one transaction. What the store has wins, so a second
     import changes nothing. The source is only read, under a shared lock."""
+    import mmap
+
     source = os.path.abspath(os.fsdecode(source))
     store = _ExistingStore(path)  # made by the write: not for a bad source
     try:
-        if os.path.realpath(source) in _process.connections.values():  # opening it here would drop its locks
+        if os.path.realpath(source) in [connection.file for connection in _process.connections]:
+            # opening it here would drop its locks
             raise ValueError("a store that this process has open")
         if not stat.S_ISREG(os.stat(source).st_mode):  # to open a pipe would wait
             raise ValueError("no regular file")

@@ -65,6 +65,7 @@ from flowstore import (
     StoreError,
 )
 
+posix_only = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 SOURCE = pathlib.Path(flowstore.__file__).resolve()
 APPLICATION_ID = 0x464C5753
 START = datetime(2024, 1, 2, 3, 4, 5, 678901, UTC)
@@ -3138,6 +3139,34 @@ class TestTransactionEnds:
         assert is_free(store)
         assert store.get_cache_entry("key") is None
 
+    @posix_only
+    def test_interrupt_at_any_moment_leaves_no_lock(self, store):
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        def use(nested):
+            outer = store.session() if nested else contextlib.nullcontext(store)
+            with outer as user, user.transaction() as transaction:
+                for number in range(3):
+                    transaction.set_cache_entry("key", b"%d" % number)
+
+        def work():
+            dice, interrupted = random.Random(4), 0
+            signal.signal(signal.SIGALRM, interrupt)
+            for number in range(400):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, dice.random() * 0.003 + 1e-6)
+                    try:
+                        use(number % 2)
+                    finally:
+                        signal.setitimer(signal.ITIMER_REAL, 0)
+                except KeyboardInterrupt:
+                    interrupted += 1
+                assert is_free(store)
+            return interrupted
+
+        assert Forked(work).result() > 50
+
     def test_killed_one_is_taken_back(self, store):
         holder = Held(store.transaction)
         assert not is_free(store)
@@ -5081,7 +5110,6 @@ TqlU1G9QYClpwWEr+1oBvQcK/8o/YpAAAAAF5HrCx/A70kAAHOI7vNDgDLH1GjscRn+wIAAAAABFla
 
 # ---- bad places and bad files ------------------------------------------------------------------------------
 
-posix_only = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 RUNS_LIMIT = 30  # seconds after which a process hangs
 
 
