@@ -668,7 +668,10 @@ _REASONS = {
 def _code(error: Exception) -> int:
     if isinstance(error, OverflowError):
         return sqlite3.SQLITE_TOOBIG
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    if code == sqlite3.SQLITE_IOERR_DELETE_NOENT:  # others have deleted a -wal or -journal first
+        return sqlite3.SQLITE_BUSY
+    return code & 0xFF
 
 
 def _translated(error: Exception, file: str) -> StoreError:
@@ -895,7 +898,7 @@ class _Connection:
                     return complete
                 self.close()
                 self.wait()
-            except sqlite3.Error as error:
+            except (sqlite3.Error, FileNotFoundError) as error:
                 if write or self.seen or _code(error) not in _UNREADABLE or self.has_moved():
                     self.wait_out(error)
                 else:  # no -shm file can be had to read by: read as it is what nobody writes to
