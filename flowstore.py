@@ -15,23 +15,21 @@ Copyright (c) 2026 The flowstore authors. Licence: MIT. SPDX-License-Identifier:
 
 from __future__ import annotations
 
+import _weakref  # all of weakref, as zlib and struct, would be felt at each start
 import codecs
 import gc
 import os
 import sqlite3
 import stat
-import struct
 import sys
 import threading
 import time
-import zlib
 from abc import ABC, abstractmethod
 from collections import namedtuple
 from datetime import datetime, timedelta, timezone
 from functools import cache, lru_cache, partial
 from itertools import groupby, islice
 from threading import get_ident
-from weakref import WeakSet, WeakValueDictionary
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -611,11 +609,14 @@ class _Process:
         self.operations: set[int] = set()  # the threads that are in one
         self.forking = self.forks = 0
         # weak: an interrupt at the very beginning of __exit__() leaves one open, which its __del__() closes
-        self.connections: WeakSet[_Connection] = WeakSet()
-        self.transactions: WeakValueDictionary[tuple[int, str], _Session] = WeakValueDictionary()
+        self.connections: set[_weakref.ref[_Connection]] = set()
+        self.transactions: dict[tuple[int, str], _weakref.ref[_Session]] = {}  # by thread and file
         self.lost: set[str] = set()  # files open at the fork: SQLite believes in locks that a child hasn't
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(before=self.before, after_in_parent=self.after, after_in_child=self.in_child)
+
+    def open_connections(self) -> list[_Connection]:
+        return [connection for each in [*self.connections] if (connection := each())]
 
     def stand_back(self) -> None:
         with self.lock:
@@ -642,7 +643,7 @@ class _Process:
         self.forking = 1
         self.operations &= {get_ident()}
         kept: list[Any] = []
-        for connection in self.connections:  # closing one here would undo what the parent writes
+        for connection in self.open_connections():  # closing one here would undo what the parent writes
             self.lost.add(connection.file)
             kept.append(connection.sql)
             connection.sql = None
@@ -811,9 +812,8 @@ class _Connection:
                 if self.store._shared:
                     _refuse_planted(self.file, "", "-wal", "-shm", "-journal")
                 seen = self.look() if look or not os.access(self.file, os.W_OK) else (1,)
-                with _process.lock:
-                    self.sql = _connect(self.file, "mode=rw" if seen[-1] else "mode=ro&immutable=1")
-                    _process.connections.add(self)
+                self.sql = _connect(self.file, "mode=rw" if seen[-1] else "mode=ro&immutable=1")
+                _process.connections.add(_weakref.ref(self, _process.connections.discard))
                 self.seen, self.settings, self.cookie = None if seen[-1] else seen, "", None
             except (FileNotFoundError, NotADirectoryError):
                 if not make:
@@ -832,7 +832,7 @@ class _Connection:
         sql, self.sql = self.sql, None
         if sql:
             sql.close()
-            _process.connections.discard(self)
+            _process.connections.discard(_weakref.ref(self))
 
     __del__ = close
 
@@ -861,9 +861,10 @@ class _Connection:
         if waited >= timeout:
             raise _error(StoreBusyError, self.file, "another process has kept the store locked for"
                          f" {waited:.1f} seconds: try again, or wait longer by timeout=")
-        # SQLite's handler starves the unluckiest of many (2.5 s of 64 on 2 cores): here who has waited longer
-        # tries oftener, but 64 that try every 2 ms leave no time to the one that has the lock
-        self.pause = min(self.pause * 2, 0.064 if waited < 0.15 else 0.012 if waited < 0.3 else 0.004)
+        # SQLite's handler starves the unluckiest of many (2.5 s, of 64 on 2 cores): here who has waited longer
+        # tries oftener; but if most of 64 try every 2 ms, the one that has the lock finds no time to go on
+        most = 0.064 if waited < 0.15 else 0.010 if waited < 0.25 else 0.005 if waited < 0.35 else 0.003
+        self.pause = min(self.pause * 2, most)
         jitter = 0.5 + time.perf_counter_ns() % 1000 / 1000
         time.sleep(min(self.pause * jitter, timeout - waited))
 
@@ -878,7 +879,8 @@ class _Connection:
 
     def begin(self, write: bool) -> bool:
         """Take the write lock, or a snapshot if there is a file. Whether a complete store is in it."""
-        if write and (get_ident(), self.file) in _process.transactions:
+        transaction = _process.transactions.get((get_ident(), self.file)) if write else None
+        if transaction and transaction():
             raise RuntimeError(f"{self.file}: this thread, in a transaction() on it, would wait for itself")
         if write and self.seen:
             self.close()
@@ -1198,6 +1200,8 @@ def _limit(limit: object) -> int:
 
 
 def _history_row(record: ExecutionRecord, process: str = "") -> Cells:
+    import zlib
+
     row = _row(ExecutionRecord, record)
     _name("ref", record.ref)
     identity = zlib.crc32(_utf8(f"{record.ref}\0{record.id}")) if record.id else None
@@ -1338,7 +1342,7 @@ class _Session(_Operations):
             with self._connection as connection:
                 if self._atomic:
                     connection.begin_write()
-                    _process.transactions[self._owner[0], connection.file] = self
+                    _process.transactions[self._owner[0], connection.file] = _weakref.ref(self)
                 else:
                     connection.prepare()
         except BaseException:
@@ -1359,7 +1363,8 @@ class _Session(_Operations):
     def _end(self) -> None:
         thread = self._owner[0] if self._owner else 0
         with self._connection as connection:
-            if self._atomic and _process.transactions.get((thread, connection.file), self) is self:
+            transaction = _process.transactions.get((thread, connection.file))
+            if self._atomic and (not transaction or transaction() in (None, self)):
                 _process.transactions.pop((thread, connection.file), None)
                 connection.rollback()
             if not self._borrowed:
@@ -1652,7 +1657,7 @@ def import_bolt(source: Path, path: Path | None = None) -> ImportSummary:
     source = os.path.abspath(os.fsdecode(source))
     store = _ExistingStore(path)  # made by the write: not for a bad source
     try:
-        if os.path.realpath(source) in [connection.file for connection in _process.connections]:
+        if os.path.realpath(source) in [connection.file for connection in _process.open_connections()]:
             # opening it here would drop its locks
             raise ValueError("a store that this process has open")
         if not stat.S_ISREG(os.stat(source).st_mode):  # to open a pipe would wait
@@ -1695,6 +1700,8 @@ def _share_lock(stream: Any, source: str, deadline: float) -> None:
 
 def _add_entries(sql: SQL, file: _BoltFile) -> dict[str, int]:
     """Scopes once were at the top; a nested one wins. A faulty migration moved runs into one."""
+    import zlib
+
     counts = dict.fromkeys(ImportSummary._fields[:-1], 0)
 
     def add(kind: str, statement: str, **cells: Any) -> None:
@@ -1804,15 +1811,17 @@ def _go_decoder() -> Any:
         object_pairs_hook=by_tag, parse_int=lambda digits: int(digits[:21]), parse_constant=int)
 
 
-_META = struct.Struct("<4I6Q")  # magic, version, page size, flags, root, sequence, freelist, end, txid, sum
-_PAGE = struct.Struct("<QHHI")  # id, flags (1 branch, 2 leaf), count, overflow
-_LEAF = struct.Struct("<4I")  # flags (1 bucket), pos, key size, value size
-_BRANCH = struct.Struct("<IIQ")  # pos, key size, page
+_META = "<4I6Q"  # magic, version, page size, flags, root, sequence, freelist, end, txid, sum
+_PAGE = "<QHHI"  # id, flags (1 branch, 2 leaf), count, overflow
+_LEAF = "<4I"  # flags (1 bucket), pos, key size, value size
+_BRANCH = "<IIQ"  # pos, key size, page
 
 
 class _BoltFile:
     """A file of bbolt; its problems are bucket, key (or "") and reason of what can't be read."""
     def __init__(self, data: Any) -> None:
+        import struct
+
         self.data = data
         self.problems: list[tuple[str, str, str]] = []
         self.room, self.unnamed = 2 * len(data) + (16 << 20), 0  # bytes for the problems, how many are beyond
@@ -1822,7 +1831,7 @@ class _BoltFile:
             if metas and offset != metas[0][1]:
                 continue  # what looks like one elsewhere is none
             meta = data[offset + 16 : offset + 80].ljust(64)
-            magic, version, size, _, root, _, _, pages, txid, checksum = _META.unpack(meta)
+            magic, version, size, _, root, _, _, pages, txid, checksum = struct.unpack(_META, meta)
             fnv = 0xCBF29CE484222325
             for byte in meta[:-8]:
                 fnv = (fnv ^ byte) * 0x100000001B3 % 2**64
@@ -1843,10 +1852,13 @@ class _BoltFile:
 
     def page(self, number: int, begin: int = 0, end: int = 0) -> tuple[int, int, int, int]:
         """Flags, table, count and end of a page (0: inline, from begin to end); ValueError if it is none."""
+        import struct
+
         if number:
             begin, end = number * self.page_size, self.end
         table = begin + 16
-        found, flags, count, overflow = _PAGE.unpack(self.data[begin:table] if table <= end else bytes(16))
+        head = self.data[begin:table] if table <= end else bytes(16)
+        found, flags, count, overflow = struct.unpack(_PAGE, head)
         end = min(end, begin + (1 + overflow) * self.page_size)
         behind = -(-end // self.page_size) if number else 0  # the page behind it
         if found != number or flags not in (2, 1 if number else 2) or self.seen.find(1, number, behind) >= 0:
@@ -1856,6 +1868,8 @@ class _BoltFile:
 
     def entries(self) -> Iterable[tuple[tuple[bytes, ...], bytes, Any]]:
         """Yield bucket path, key and value (None: a bucket, before what is in it), legacy scopes last."""
+        import struct
+
         data, view = self.data, memoryview(self.data)
         stack: list[Any] = [((), self.top)]
         later: list[Any] = []
@@ -1870,9 +1884,9 @@ class _BoltFile:
             kinds = len(path) < 100
             children: list[tuple[Any, ...]] = []
             if flags == 1:
-                children += ((path, child) for _, _, child in _BRANCH.iter_unpack(data[table:body]))
+                children += ((path, child) for _, _, child in struct.iter_unpack(_BRANCH, data[table:body]))
                 body = table
-            elements = [*_LEAF.iter_unpack(data[table:body])]
+            elements = [*struct.iter_unpack(_LEAF, data[table:body])]
             starts = [table + 16 * n + pos for n, (_, pos, _, _) in enumerate(elements)]
             following = [*starts[1:], 0]
             for (kind, _, key_size, size), start, after in zip(elements, starts, following, strict=False):
