@@ -861,7 +861,7 @@ class _Connection:
         if waited >= timeout:
             raise _error(StoreBusyError, self.file, "another process has kept the store locked for"
                          f" {waited:.1f} seconds: try again, or wait longer by timeout=")
-        # SQLite's handler starves the unluckiest of many (2.5 s, of 64 on 2 cores): here who has waited longer
+        # SQLite's handler starves the unluckiest of many (2.5 s of 64 on 2 cores): here who has waited longer
         # tries oftener; but if most of 64 try every 2 ms, the one that has the lock finds no time to go on
         most = 0.064 if waited < 0.15 else 0.010 if waited < 0.25 else 0.005 if waited < 0.35 else 0.003
         self.pause = min(self.pause * 2, most)
