@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     Cell: TypeAlias = str | bytes  # a text as SQLite takes it, see _text()
     Row: TypeAlias = Sequence[Any]
     Cells: TypeAlias = dict[str, Any]  # by their columns
+    Converter: TypeAlias = Callable[[str, Any], Any]
     SQL: TypeAlias = sqlite3.Connection
     Work: TypeAlias = Callable[[SQL], T]
     Load: TypeAlias = Callable[[Iterable[Row]], Iterable[T]]
@@ -247,27 +248,15 @@ def _instant_of_text(what: str, value: Any) -> str:
         if clock[4:17:3] + zone[3] != "--T:::" or not (fraction.isascii() and fraction.isdigit()):
             raise ValueError
         moment = datetime.fromisoformat(clock[:19] + zone)
-        utc = moment if moment.tzinfo is timezone.utc else moment.astimezone(timezone.utc)
+        if moment.tzinfo is not timezone.utc:
+            clock = moment.astimezone(timezone.utc).isoformat()
     except (ValueError, IndexError, OverflowError):
         raise ValueError(f"{what} is no RFC 3339 time in the years 1 to 9999") from None
-    return f"{utc.isoformat()[:19]}.{fraction:0<9.9}Z"
+    return f"{clock[:19]}.{fraction:0<9.9}Z"
 
 
 _NUMBERS = ("duration", "exit_code", "pid")
 _TIMES = ("started_at", "completed_at")  # the other fields of both records are texts
-
-
-def _row(cls: type[Record], record: Any) -> Cells:
-    _check("record", record, cls)
-    return _cells(zip(cls._fields, record, strict=True), _instant, _nanoseconds)
-
-
-def _cells(fields: Iterable[tuple[str, Any]], instant: Callable[[str, Any], str],
-           span: Callable[[str, Any], int]) -> Cells:
-    convert = {"started_at": instant, "completed_at": instant, "duration": span,
-               "exit_code": _integer, "pid": _integer}
-    return {field: value if value is None and field == "completed_at"
-            else convert.get(field, _text)(field, value) for field, value in fields}
 
 
 @cache
@@ -276,17 +265,38 @@ def _tag(field: str) -> str:
     return field[0] + field.title().replace("_", "")[1:]
 
 
+def _fields(cls: Any, instant: Converter, span: Converter) -> list[tuple[str, str, Converter, Any]]:
+    """Each field's name, tag, what makes a cell of its value, and the cell of an empty one."""
+    numbers = {"duration": span, "exit_code": _integer, "pid": _integer}
+    return [(field, _tag(field), instant, None) if field in _TIMES else
+            (field, _tag(field), numbers.get(field, _text), 0 if field in numbers else "")
+            for field in cls._fields]
+
+
+_KINDS: tuple[type, ...] = (ExecutionRecord, BackgroundRun)
+_OF_RECORD = {cls: _fields(cls, _instant, _nanoseconds) for cls in _KINDS}
+_OF_JSON = {cls: _fields(cls, _instant_of_text, _integer) for cls in _KINDS}
+
+
+def _row(cls: type[Record], record: Any) -> Cells:
+    _check("record", record, cls)
+    fields = zip(_OF_RECORD[cls], record, strict=True)
+    return {field: None if value is None and field == "completed_at" else convert(field, value)
+            for (field, _, convert, _), value in fields}
+
+
 def _row_of_dict(cls: type[Record], data: dict[str, Any]) -> Cells:
     _check("data", data, dict)
-    values: dict[str, Any] = {}
-    for field in cls._fields:
-        values[field] = value = data.get(_tag(field))
-        if value is None:
-            if field in ("ref", "started_at") or (field == "id" and cls is BackgroundRun):
-                raise ValueError(f"{_tag(field)} is missing")
-            if field not in _TIMES:
-                values[field] = 0 if field in _NUMBERS else ""
-    return _cells(values.items(), _instant_of_text, _integer)
+    cells: Cells = {}
+    for field, tag, convert, empty in _OF_JSON[cls]:
+        value = data.get(tag)
+        if value is not None:
+            cells[field] = convert(field, value)
+        elif field in ("ref", "started_at") or (field == "id" and cls is BackgroundRun):
+            raise ValueError(f"{tag} is missing")
+        else:
+            cells[field] = empty
+    return cells
 
 
 def _to_dict(record: ExecutionRecord | BackgroundRun, always: int) -> dict[str, Any]:
@@ -1704,7 +1714,7 @@ def _add_entries(sql: SQL, file: _BoltFile) -> dict[str, int]:
 
     counts = dict.fromkeys(ImportSummary._fields[:-1], 0)
 
-    def add(kind: str, statement: str, **cells: Any) -> None:
+    def add(kind: str, statement: str, cells: Cells) -> None:
         counts[kind] += sql.execute(statement, cells).rowcount
         if value and len(value) > _LARGE:  # bound until something else is: NULL, which is IGNOREd
             sql.execute(statement, dict.fromkeys(cells))
@@ -1716,27 +1726,27 @@ def _add_entries(sql: SQL, file: _BoltFile) -> dict[str, int]:
                 case (None,) | (b"history" | b"process", None):
                     if path != (b"history",) and key not in (_CONCERNS[:1] if path else _CONCERNS):
                         counts["legacy_scopes"] += not path
-                        add("process_buckets", _ADD_BUCKET, bucket=name)
+                        add("process_buckets", _ADD_BUCKET, {"bucket": name})
                 case (b"cache",):
-                    add("cache", _ADD_CACHE, key=name, value=value)
+                    add("cache", _ADD_CACHE, {"key": name, "value": value})
                 case (b"history", _):
                     row = _row_of_dict(ExecutionRecord, _go_object(value))
                     if row["id"] or len(key) != 8:
                         row["id"], identity = name, zlib.crc32(path[1] + b"\0" + key)
                     else:  # known again by its number and JSON
                         identity = (zlib.crc32(key) << 32 | zlib.crc32(value)) - (1 << 63)
-                    add("history", _ADD_RECORD, **row | {
-                        "ref": _cell(path[1]), "identity": identity, "process": ""})
+                    row.update(ref=_cell(path[1]), identity=identity, process="")
+                    add("history", _ADD_RECORD, row)
                 case (b"background",) | (b"process", b"background") if not path[1:] or _is_run(key, value):
                     row = _row_of_dict(BackgroundRun, _go_object(value))
-                    add("recovered_runs" if path[1:] else "background", _ADD_RUN, **row | {"id": name})
+                    add("recovered_runs" if path[1:] else "background", _ADD_RUN, row | {"id": name})
                 case (b"process", _) | (_,) if path[1:] or path[0] not in _CONCERNS:
                     if path[-1] in _CONCERNS[:1]:
-                        add("process_buckets", _ADD_BUCKET, bucket="background")
+                        add("process_buckets", _ADD_BUCKET, {"bucket": "background"})
                     large = len(value) > _LARGE  # then without a str
                     statement = _ADD_TEXT if large and _is_utf8(value) else _ADD_VAR
-                    add("process_vars", statement, bucket=_cell(path[-1]), key=name,
-                        value=value if large else _cell(value))
+                    add("process_vars", statement, {"bucket": _cell(path[-1]), "key": name,
+                                                    "value": value if large else _cell(value)})
                 case _:
                     raise ValueError("not what the original writes there")
         except (ValueError, TypeError, sqlite3.DataError) as error:  # DataError: larger than SQLite takes
