@@ -267,7 +267,7 @@ def _tag(field: str) -> str:
 
 def _fields(cls: Any, instant: Converter, span: Converter) -> list[tuple[str, str, Converter, Any]]:
     """Each field's name, tag, what makes a cell of its value, and the cell of an empty one."""
-    numbers = {"duration": span, "exit_code": _integer, "pid": _integer}
+    numbers = {**dict.fromkeys(_NUMBERS, _integer), "duration": span}
     return [(field, _tag(field), instant, None) if field in _TIMES else
             (field, _tag(field), numbers.get(field, _text), 0 if field in numbers else "")
             for field in cls._fields]
@@ -508,7 +508,6 @@ _SCHEMA = {
     bucket TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (bucket, key)) WITHOUT ROWID""",
     "process_buckets": "TABLE process_buckets (bucket TEXT PRIMARY KEY NOT NULL) WITHOUT ROWID",
 }
-_DIGITS = set("0123456789,.+- ")
 _TABLES = [name for name, definition in _SCHEMA.items() if definition.startswith("TABLE")]
 
 # for files from elsewhere; and its close may be the last, with a checkpoint
@@ -578,6 +577,7 @@ _PRUNE = {table: (refs, f"""
 _OBJECTS = """
     SELECT CAST(type AS BLOB), CAST(name AS BLOB), CAST(tbl_name AS BLOB), CAST(sql AS BLOB)
     FROM sqlite_master"""
+_DIGITS = set("0123456789,.+- ")  # all that is harmless in the parentheses of an added column
 
 
 def _is_complete(objects: Iterable[Row]) -> bool:
@@ -805,7 +805,7 @@ class _Connection:
             if _process.forking:
                 with _process.lock:
                     _process.changed.notify_all()
-        if error is not None and isinstance(error, (sqlite3.Error, OSError, OverflowError, UnicodeError)):
+        if isinstance(error, (sqlite3.Error, OSError, OverflowError, UnicodeError)):
             # an error of the sqlite3 module itself has no code, and may quote a value
             quotes = isinstance(error, sqlite3.Error) and not hasattr(error, "sqlite_errorcode")
             raise _translated(error, self.file) from (None if quotes else error)
@@ -821,10 +821,11 @@ class _Connection:
                     raise _error(StoreError, self.file, "this is no regular file: name another path")
                 if self.store._shared:
                     _refuse_planted(self.file, "", "-wal", "-shm", "-journal")
-                seen = self.look() if look or not os.access(self.file, os.W_OK) else (1,)
-                self.sql = _connect(self.file, "mode=rw" if seen[-1] else "mode=ro&immutable=1")
+                seen = self.look() if look or not os.access(self.file, os.W_OK) else None
+                self.seen = seen if seen and not seen[-1] else None  # with a WAL somebody writes to it
+                self.sql = _connect(self.file, "mode=ro&immutable=1" if self.seen else "mode=rw")
                 _process.connections.add(_weakref.ref(self, _process.connections.discard))
-                self.seen, self.settings, self.cookie = None if seen[-1] else seen, "", None
+                self.settings, self.cookie = "", None
             except (FileNotFoundError, NotADirectoryError):
                 if not make:
                     return False
@@ -956,9 +957,10 @@ class _Connection:
                 if _code(error) not in _BUSY:
                     raise
                 self.wait()
-        if time.monotonic() < self.measured + 0.005:  # s: there is time for a dozen writes in between
+        now = time.monotonic()
+        if now < self.measured + 0.005:  # s: there is time for a dozen writes in between
             return
-        self.measured = time.monotonic()
+        self.measured = now
         try:
             if os.stat(self.file + "-wal").st_size > _WAL_LIMIT:
                 self.sql.execute("BEGIN IMMEDIATE")
@@ -1274,12 +1276,14 @@ class SQLiteDataStore(_Operations):
     def reconcile(self) -> int:
         """Mark running records and background runs as failed whose process is gone; returns how many. Their
         scopes go. Left alone: another machine's, another pid namespace's, those without a pid."""
-        gone = self._gone()
-        return self._write(lambda sql: _mark_gone(sql, gone)) if gone else 0
+        return self._mark(self._gone())
 
     def _gone(self) -> list[Row]:
         """The rows of _RUNNING whose process is gone."""
         return self._fetch(_RUNNING, lambda rows: [row for row in rows if _is_gone(*row[3:])])
+
+    def _mark(self, gone: list[Row]) -> int:
+        return self._write(lambda sql: _mark_gone(sql, gone)) if gone else 0
 
     def prune(self, keep: int | None = None, before: datetime | None = None) -> PruneSummary:
         """Delete, per ref, all but the newest `keep` records and background runs, and those that started
@@ -2049,18 +2053,16 @@ def _answer(options: Any) -> Any:
 
 def _reconciled(store: SQLiteDataStore, table: str, read: Callable[[], list[Record]]) -> list[Record]:
     """What read() returns once the store is reconciled, even where that can't be saved."""
-    gone = {(_str(ref), _str(id), _str(start)[:26], pid)
-            for kind, ref, id, pid, start, _ in store._gone() if kind == table}
+    found = store._gone()
     try:
-        store.reconcile()
+        store._mark(found)
     except StoreError:
         pass
-    runs = read()
-    for at, run in enumerate(runs):
-        key = run.ref, run.id, _instant("", run.started_at)[:26], run.pid
-        if run.status == RunStatus.RUNNING and key in gone:
-            runs[at] = run._replace(status=RunStatus.FAILED, error=_GONE)
-    return runs
+    gone = {(_str(ref), _str(id), _str(start)[:26], pid)
+            for kind, ref, id, pid, start, _ in found if kind == table}
+    return [run._replace(status=RunStatus.FAILED, error=_GONE) if run.status == RunStatus.RUNNING
+            and (run.ref, run.id, _instant("", run.started_at)[:26], run.pid) in gone else run
+            for run in read()]
 
 
 def _history(store: SQLiteDataStore, ref: list[str], limit: int) -> tuple[Any, str]:
