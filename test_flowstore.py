@@ -5112,31 +5112,6 @@ TqlU1G9QYClpwWEr+1oBvQcK/8o/YpAAAAAF5HrCx/A70kAAHOI7vNDgDLH1GjscRn+wIAAAAABFla
 
 # ---- bad places and bad files ------------------------------------------------------------------------------
 
-RUNS_LIMIT = 30  # seconds after which a process hangs
-
-
-@contextlib.contextmanager
-def another_process(code, *arguments):
-    """A process that runs code, says a line when it is ready, and ends at the end of its standard input."""
-    command = [sys.executable, "-c", f"import flowstore, sqlite3, sys\n{code}", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
-        try:
-            assert process.stdout.readline() == b"ready\n"
-            yield process
-        finally:
-            process.kill()
-
-
-LOCKER = """
-sql = sqlite3.connect(sys.argv[1], isolation_level=None)
-for statement in sys.argv[2:]:
-    sql.execute(statement)
-print("ready", flush=True)
-sys.stdin.read()
-sql.close()
-"""
-
 READS = [each for each in CALLS if each[0].startswith(("get_", "list_"))]
 WRITES = [each for each in CALLS if each not in READS]
 ADDITIONS = [("set_cache_entry", ("new", b"x")), ("set_cache_entry", ("new", b"x" * 300_000)),
@@ -5313,6 +5288,7 @@ class TestFullDisk:
 
 # A process that writes each line it reads, and keeps all of them in the WAL
 COUNTER = """
+import flowstore, sys
 with flowstore.SQLiteDataStore(sys.argv[1]).session() as session:
     print("ready", flush=True)
     for line in sys.stdin:
@@ -5406,7 +5382,9 @@ class TestReadOnlyPlaces:
         filled(flowstore.SQLiteDataStore(path))
         path.chmod(0o644)
         public_folder.chmod(mode)
-        with another_process(COUNTER, path) as writer:
+        environment = {**os.environ, "PYTHONPATH": MODULE_FOLDER}
+        program = [sys.executable, "-c", COUNTER, str(path)]
+        with flowstore_started(program=program, env=environment) as writer:
             for number in (b"1", b"2", b"3"):
                 writer.stdin.write(number + b"\n")
                 writer.stdin.flush()
@@ -5755,7 +5733,7 @@ class TestPrivacy:
              ("record_execution", execution_of("k", error=f"{SECRET}\ud800")))
         fail(ExecutionRecord, *(("from_dict", {"ref": "k", "startedAt": text, "pid": SECRET})
                                 for text in (SECRET, "2024-01-02T03:04:05Z")))
-        with another_process(LOCKER, path, "BEGIN IMMEDIATE"):
+        with locked(path, "BEGIN IMMEDIATE"):
             fail(store, *writes)
         with raw_sql(path) as sql:
             for cell in "process_vars.value", "cache.value", "history.error", "background.pid":
@@ -5794,7 +5772,7 @@ class TestWithoutWal:
 
 HYGIENE = """if True:
     import gc, os, pickle, sqlite3, subprocess, sys, flowstore
-    path, calls, bad_files, code = pickle.load(sys.stdin.buffer)
+    path, calls, bad_files = pickle.load(sys.stdin.buffer)
     folder, kept = "/proc/self/fd" if os.path.exists("/proc/self/fd") else ".", []
     def attempt(work, *arguments):
         before = len(os.listdir(folder))
@@ -5816,8 +5794,13 @@ HYGIENE = """if True:
         sql.execute(statement)
         sql.close()
     store = flowstore.SQLiteDataStore(path, timeout=0)
-    locker = subprocess.Popen(
-        [sys.executable, "-c", "import sqlite3, sys" + code, path, "BEGIN IMMEDIATE"], stdin=-1, stdout=-1)
+    locker = subprocess.Popen([sys.executable, "-c", '''if True:
+        import sqlite3, sys
+        sql = sqlite3.connect(sys.argv[1], isolation_level=None)
+        sql.execute("BEGIN IMMEDIATE")
+        print("locked", flush=True)
+        sys.stdin.read()
+        sql.close()''', path], stdin=-1, stdout=-1)
     locker.stdout.readline()
     for break_it in (lambda: None, locker.communicate,
                      lambda: run_sql("UPDATE history SET ref = CAST(x'6bff' AS TEXT)"),
@@ -5846,8 +5829,8 @@ class TestHygiene:
             make(pathlib.Path(file))
         calls = [*ADDITIONS, *CALLS, ("set_cache_entry", ("k", "x")), ("get_cache_entry", ("",))]
         program = [sys.executable, "-W", "error", "-X", "dev", "-c", HYGIENE]
-        done = subprocess.run(program, capture_output=True, timeout=RUNS_LIMIT,
-                              input=pickle.dumps((path, calls, bad_files, LOCKER)))
+        done = subprocess.run(program, capture_output=True, timeout=PATIENCE,
+                              input=pickle.dumps((path, calls, bad_files)))
         assert (done.returncode, done.stderr.decode()) == (0, "")
         *left_open, errors = done.stdout.decode().splitlines()
         assert int(errors) > 100
