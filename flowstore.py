@@ -1,22 +1,26 @@
-"""flowstore: the local state store of a task runner, in one file.
+"""flowstore: the state store of a task runner, in one file.
 
-A cache (key to bytes), the history of executions per ref, records of detached background runs, and variables
-scoped to a running process with fallback to a root scope, for many short-lived processes that share one file:
+A cache (key to bytes), the history of executions per ref, records of detached background
+runs, and variables scoped to a running process with fallback to a root scope, for many
+short-lived processes that share one file:
 
-    store = flowstore.SQLiteDataStore()             # $FLOWSTORE_PATH, or the user's cache folder
+    store = flowstore.SQLiteDataStore(".cache/flowstore.db")
     with store.execution("build app") as run:
         run.exit_code = subprocess.call(["make"], env=run.env)
 
-The Go package `store` of *flow* in Python, on SQLite instead of bbolt. An acknowledged write is on the disk,
-nobody waits longer than the timeout, and what goes wrong is a StoreError that names the file.
+The Go package `store` of *flow* in Python, on SQLite instead of bbolt; PostgresDataStore
+keeps the same store on a server. An acknowledged write is on the disk, nobody waits longer
+than the timeout, and what goes wrong is a StoreError that names the file and a way out.
+
+The sections, top to bottom: constants and errors; records; where things are; the
+interface; schema and SQL; runs; the operations; SQLite; the store in a file; the store in
+PostgreSQL; the end of a store, moving old data; files of the original; the command line.
 
 Copyright (c) 2026 The flowstore authors. Licence: MIT. SPDX-License-Identifier: MIT
 """
 
 from __future__ import annotations
 
-import _weakref  # all of weakref, as zlib and struct, would be felt at each start
-import codecs
 import gc
 import os
 import sqlite3
@@ -24,87 +28,183 @@ import stat
 import sys
 import threading
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections import namedtuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timedelta, timezone
-from functools import cache, lru_cache, partial
-from itertools import groupby, islice
+from functools import cache, partial
 from threading import get_ident
+
+__version__ = "1.0.0"
+
+_UNSUPPORTED = ""
+if sys.version_info < (3, 11):
+    _UNSUPPORTED = (
+        f"flowstore needs Python 3.11 or newer; this is {sys.version.split()[0]}"
+    )
+elif sqlite3.sqlite_version_info < (3, 31):
+    _UNSUPPORTED = (
+        f"flowstore needs SQLite 3.31 or newer; this is {sqlite3.sqlite_version}"
+    )
+if _UNSUPPORTED and __name__ == "__main__":
+    sys.exit(_UNSUPPORTED)
+if _UNSUPPORTED:
+    raise ImportError(_UNSUPPORTED)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-    from contextlib import AbstractContextManager
-    from typing import Any, NamedTuple, NoReturn, Self, TypeAlias, TypeVar
+    import io
+    from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeVar
 
+    Row: TypeAlias = Sequence[Any]
+    Values: TypeAlias = dict[str, Any]  # by the names of a statement's parameters
+
+    Execute: TypeAlias = Callable[[str, Values], Any]  # gives a cursor, of either engine
+    Connection: TypeAlias = "_Connection | _ServerConnection"
     T = TypeVar("T")
     Record = TypeVar("Record", "ExecutionRecord", "BackgroundRun")
-    Histories: TypeAlias = dict[str, list["ExecutionRecord"]]
-    Path: TypeAlias = str | os.PathLike[str]
-    Cell: TypeAlias = str | bytes  # a text as SQLite takes it, see _text()
-    Row: TypeAlias = Sequence[Any]
-    Cells: TypeAlias = dict[str, Any]  # by their columns
-    Converter: TypeAlias = Callable[[str, Any], Any]
-    SQL: TypeAlias = sqlite3.Connection
-    Work: TypeAlias = Callable[[SQL], T]
-    Load: TypeAlias = Callable[[Iterable[Row]], Iterable[T]]
 else:
+
     class _NamedTupleType(type):
         def __new__(mcls, name, bases, namespace):
             if not bases:
                 return super().__new__(mcls, name, bases, namespace)
-            fields = namespace.pop("__annotations__")
+            fields = namespace["__annotations__"]
             defaults = [namespace.pop(field) for field in fields if field in namespace]
-            return type(name, (namedtuple(name, fields, defaults=defaults),), {**namespace, "__slots__": ()})
+            made = namedtuple(name, fields, defaults=defaults)
+            for attribute, value in namespace.items():
+                setattr(made, attribute, value)
+            return made
 
     class NamedTuple(metaclass=_NamedTupleType):
-        """What is needed of typing's, whose import is a sixth of the command line's start."""
+        """All that is needed of typing.NamedTuple: importing typing takes 5 of 31 ms."""
 
-__version__ = "1.0.0"
+    Any, NoReturn = object, None  # for typing.get_type_hints() on what is public
 
-# ---- constants and errors ----------------------------------------------------------------------------------
+
+# ---- constants and errors ----
+
+__all__ = [
+    "BUCKET_ENV",
+    "ROOT_BUCKET",
+    "RUN_CLIENT_ENV",
+    "RUN_SESSION_ENV",
+    "RUN_SOURCE_CLI",
+    "RUN_SOURCE_DESKTOP",
+    "RUN_SOURCE_ENV",
+    "RUN_SOURCE_MCP",
+    "BackgroundRun",
+    "BackgroundRunStatus",
+    "CorruptStoreError",
+    "DataStore",
+    "Execution",
+    "ExecutionRecord",
+    "ImportSummary",
+    "NotFoundError",
+    "PostgresDataStore",
+    "PruneSummary",
+    "RunStatus",
+    "SQLiteDataStore",
+    "Session",
+    "StoreBusyError",
+    "StoreError",
+    "copy_store",
+    "default_path",
+    "destroy_store",
+    "environment_bucket",
+    "import_bolt",
+    "main",
+    "migrate_process_buckets",
+    "open_store",
+    "run_env_value",
+]
 
 BUCKET_ENV = "FLOW_PROCESS_BUCKET"
 ROOT_BUCKET = "root"
 RUN_SOURCE_ENV = "FLOW_RUN_SOURCE"
 RUN_CLIENT_ENV = "FLOW_RUN_CLIENT"
 RUN_SESSION_ENV = "FLOW_RUN_SESSION"
-RUN_SOURCE_CLI, RUN_SOURCE_DESKTOP, RUN_SOURCE_MCP = "cli", "desktop", "mcp"
+RUN_SOURCE_CLI = "cli"
+RUN_SOURCE_DESKTOP = "desktop"
+RUN_SOURCE_MCP = "mcp"
+
+_PATH_ENV = "FLOWSTORE_PATH"
+_MAX_INTEGER = 2**63 - 1
+_END_PATIENCE = 30.0  # seconds that the record of a run's end waits: nothing waits for it
 
 
 class RunStatus:
-    """The usual values of ExecutionRecord.status; any other str is kept too."""
-    RUNNING, COMPLETED, FAILED = "running", "completed", "failed"
+    """The usual values of ExecutionRecord.status; any other str is kept as it is."""
+
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
 
 
-class BackgroundRunStatus(RunStatus):
-    """The usual values of BackgroundRun.status."""
+class BackgroundRunStatus:
+    """The usual values of BackgroundRun.status; any other str is kept as it is."""
+
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
 
 class StoreError(Exception):
-    """The base of all that a store raises for the world's faults; `path` is the file."""
+    """The base of all that a store raises for the world's faults.
+
+    The message names the file (or the server's URL, without its password) and what to do;
+    `path` has the file alone.
+    """
+
     def __init__(self, message: str, path: str = "") -> None:
-        super().__init__(message)
+        super().__init__(message)  # not with the path: an OSError takes two for an errno
         self.path = path
+
+
+class NotFoundError(StoreError, LookupError):
+    """There is no variable or background run of that name."""
+
+
+class StoreBusyError(StoreError, TimeoutError):
+    """Another process kept the lock for longer than the timeout."""
+
+
+class CorruptStoreError(StoreError):
+    """The file is damaged, or is no store at all."""
 
 
 def _error(kind: type[StoreError], path: str, reason: str) -> StoreError:
     return kind(f"{path}: {reason}", path)
 
 
-class NotFoundError(StoreError, LookupError):
-    """There is no variable or background run of that name."""
+# ---- records ----
 
-class StoreBusyError(StoreError, TimeoutError):
-    """Another process kept the lock for longer than the timeout (an OSError too)."""
-
-class CorruptStoreError(StoreError):
-    """The file is damaged, or is no store at all."""
-
-# ---- records -----------------------------------------------------------------------------------------------
 
 class ExecutionRecord(NamedTuple):
-    """One run of a ref. Times are aware, and returned in UTC. Checked where it is stored: ValueError for an
-    empty ref, a naive time or one outside the years 1 to 9999, an integer outside int64; else TypeError."""
+    """One execution of a ref.
+
+    ref: what ran, by the name that its history is kept under; not empty.
+    started_at: when it began, an aware datetime; returned in UTC, to the microsecond.
+    duration: how long it took; 0 while it runs. Kept in nanoseconds, of 64 bits.
+    exit_code: its exit status, 0 for success, 128 + n where signal n ended it.
+    error: what went wrong, in words; "" where nothing did.
+    log_archive_id: by what the runner finds its log; "" for none.
+    id: by what a later record replaces this one; "" for none, which always appends.
+    completed_at: when it ended, an aware datetime; None while it runs, or unknown.
+    status: running, completed, failed (see RunStatus) or any other; "" in old records.
+    pid: the process that runs it, or that watches over it; 0 for none.
+    command: the command line; "" where it was no command.
+    spec: the definition that it ran by, as the runner writes it.
+    label: a name for people.
+    source: what it was started from: cli, desktop, mcp (see RUN_SOURCE_CLI) or any other.
+    client_name: the program that asked for it.
+    session_id: the session of that program.
+    working_dir: the folder that it ran in.
+    All other texts are "" where they aren't given.
+    """
+
     ref: str
     started_at: datetime
     duration: timedelta = timedelta(0)
@@ -123,18 +223,31 @@ class ExecutionRecord(NamedTuple):
     session_id: str = ""
     working_dir: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """The original's JSON object, without what is empty."""
-        return _to_dict(self, always=4)
+    def to_dict(self) -> dict[str, object]:
+        """The original's JSON object: ref, startedAt, duration (nanoseconds) and exitCode
+        always, other tags where they aren't empty; times in RFC 3339."""
+        return _to_json(self, ("ref", "started_at", "duration", "exit_code"))
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ExecutionRecord:
-        """The record of such an object; other tags are ignored, None is empty. ValueError, TypeError."""
-        return next(_load(cls, [[*_row_of_dict(cls, data).values()]]))
+    def from_dict(cls, data: dict[str, object]) -> ExecutionRecord:
+        """The record of such an object. Unknown tags are ignored, None counts as missing;
+        what is finer than a microsecond is cut. ValueError, TypeError by the tag's name."""
+        return cls(**_from_json(cls, data))
 
 
 class BackgroundRun(NamedTuple):
-    """A detached run, kept by its id; checked as an ExecutionRecord is."""
+    """A detached run, kept by its id.
+
+    id: its name, by which it is replaced; not empty.
+    pid: the process that runs it, or that watches over it; 0 for none.
+    ref: what ran; may be empty.
+    started_at: when it began, an aware datetime; returned in UTC, to the microsecond.
+    status: running, completed, failed (see BackgroundRunStatus) or any other.
+    log_archive_id: by what the runner finds its log; "" for none.
+    error: what went wrong, in words; "" where nothing did.
+    completed_at: when it ended, an aware datetime; None while it runs, or unknown.
+    """
+
     id: str
     pid: int
     ref: str
@@ -144,1515 +257,35 @@ class BackgroundRun(NamedTuple):
     error: str = ""
     completed_at: datetime | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The original's JSON object, without what is empty."""
-        return _to_dict(self, always=5)
+    def to_dict(self) -> dict[str, object]:
+        """The original's JSON object: id, pid, ref, startedAt and status always, the other
+        tags where they aren't empty; times in RFC 3339."""
+        return _to_json(self, ("id", "pid", "ref", "started_at", "status"))
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> BackgroundRun:
-        """The run of such an object; errors as ExecutionRecord's."""
-        return next(_load(cls, [[*_row_of_dict(cls, data).values()]]))
-
-
-def _check(what: str, value: object, kind: type) -> None:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{what} must be of type {kind.__name__}, not {type(value).__name__}")
-
-
-def _utf8(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
-
-
-def _text(what: str, value: Any) -> Cell:
-    """A text as SQLite takes it: itself, or its bytes where they are no UTF-8 (PEP 383)."""
-    if type(value) is str and value.isascii():
-        return value
-    _check(what, value, str)
-    try:
-        data = _utf8(value)
-        if _str(data) == value:
-            return str(value) if data == value.encode("utf-8", "replace") else data
-    except UnicodeEncodeError:
-        pass
-    raise ValueError(f"{what} has a surrogate that stands for no byte")
-
-
-class _Damaged(sqlite3.DatabaseError):
-    """A cell holds what its column can't: SQLite takes any type in any column."""
-
-
-def _str(cell: object) -> str:
-    if isinstance(cell, bytes):
-        return cell.decode("utf-8", "surrogateescape")
-    if not isinstance(cell, str):
-        raise _Damaged
-    return cell
-
-
-def _name(what: str, value: object) -> Cell:
-    if value == "":
-        raise ValueError(f"{what} must not be empty")
-    return _text(what, value)
-
-
-def _checked(names: Cells, cells: Cells | None) -> Cells:
-    for what in names:
-        names[what] = _name(what, names[what])
-    return names if cells is None else cells | names
-
-
-def _folded(name: str) -> str:
-    """A name as SQLite compares those of tables: without the case of ASCII."""
-    return _str(_utf8(name).lower())
-
-
-def _ordered(names: Iterable[str]) -> list[str]:
-    """Names in the order of their bytes; SQLite puts those that are no UTF-8 last."""
-    return sorted(names, key=_utf8)
-
-
-def _integer(what: str, value: Any) -> int:
-    _check(what, value, int)
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{what} does not fit into 64 bits")
-    return int(value)
-
-
-def _nanoseconds(what: str, value: Any) -> int:
-    _check(what, value, timedelta)
-    return _integer(what, ((value.days * 86400 + value.seconds) * 10**6 + value.microseconds) * 1000)
-
-
-def _now() -> datetime:
-    return datetime.now(timezone.utc)
-
-
-def _instant(what: str, value: Any) -> str:
-    """A time as the file has it: RFC 3339 in UTC with nanoseconds, which sorts as time."""
-    _check(what, value, datetime)
-    if value.utcoffset() is None:
-        raise ValueError(f"{what} must be an aware datetime: this one has no time zone")
-    try:
-        utc = value.astimezone(timezone.utc)
-    except OverflowError:
-        raise ValueError(f"{what} lies outside the years 1 to 9999 in UTC") from None
-    return datetime.isoformat(utc, "T", "microseconds")[:26] + "000Z"
-
-
-def _instant_of_text(what: str, value: Any) -> str:
-    """The same of an RFC 3339 text; keeps the nanoseconds, which a datetime can't."""
-    _check(what, value, str)
-    clock, zone = (value[:-1], "+00:00") if value.endswith("Z") else (value[:-6], value[-6:])
-    fraction = clock[20:] if clock[19:20] == "." else "0" * (len(clock) == 19)
-    try:  # the shape first: fromisoformat() takes much that is no RFC 3339
-        if clock[4:17:3] + zone[3] != "--T:::" or not (fraction.isascii() and fraction.isdigit()):
-            raise ValueError
-        moment = datetime.fromisoformat(clock[:19] + zone)
-        if moment.tzinfo is not timezone.utc:
-            clock = moment.astimezone(timezone.utc).isoformat()
-    except (ValueError, IndexError, OverflowError):
-        raise ValueError(f"{what} is no RFC 3339 time in the years 1 to 9999") from None
-    return f"{clock[:19]}.{fraction:0<9.9}Z"
-
-
-_NUMBERS = ("duration", "exit_code", "pid")
-_TIMES = ("started_at", "completed_at")  # the other fields of both records are texts
-
-
-@cache
-def _tag(field: str) -> str:
-    """The original's JSON tag for a field: logArchiveId for log_archive_id."""
-    return field[0] + field.title().replace("_", "")[1:]
-
-
-def _fields(cls: Any, instant: Converter, span: Converter) -> list[tuple[str, str, Converter, Any]]:
-    """Each field's name, tag, what makes a cell of its value, and the cell of an empty one."""
-    numbers = {**dict.fromkeys(_NUMBERS, _integer), "duration": span}
-    return [(field, _tag(field), instant, None) if field in _TIMES else
-            (field, _tag(field), numbers.get(field, _text), 0 if field in numbers else "")
-            for field in cls._fields]
-
-
-_KINDS: tuple[type, ...] = (ExecutionRecord, BackgroundRun)
-_OF_RECORD = {cls: _fields(cls, _instant, _nanoseconds) for cls in _KINDS}
-_OF_JSON = {cls: _fields(cls, _instant_of_text, _integer) for cls in _KINDS}
-
-
-def _row(cls: type[Record], record: Any) -> Cells:
-    _check("record", record, cls)
-    fields = zip(_OF_RECORD[cls], record, strict=True)
-    return {field: None if value is None and field == "completed_at" else convert(field, value)
-            for (field, _, convert, _), value in fields}
-
-
-def _row_of_dict(cls: type[Record], data: dict[str, Any]) -> Cells:
-    _check("data", data, dict)
-    cells: Cells = {}
-    for field, tag, convert, empty in _OF_JSON[cls]:
-        value = data.get(tag)
-        if value is not None:
-            cells[field] = convert(field, value)
-        elif field in ("ref", "started_at") or (field == "id" and cls is BackgroundRun):
-            raise ValueError(f"{tag} is missing")
-        else:
-            cells[field] = empty
-    return cells
-
-
-def _to_dict(record: ExecutionRecord | BackgroundRun, always: int) -> dict[str, Any]:
-    """Its JSON object: the first `always` fields, and what isn't empty."""
-    result: dict[str, Any] = {}
-    for number, (field, value) in enumerate(zip(record._fields, record, strict=True)):
-        if value or number < always:
-            result[_tag(field)] = value
-            if field in _TIMES:
-                result[_tag(field)] = _instant(field, value)[:-1].rstrip("0").rstrip(".") + "Z"
-            elif field == "duration":
-                result[field] = _nanoseconds(field, value)
-    return result
-
-
-def _only(kind: type[T], cells: Sequence[Any]) -> Sequence[T]:
-    if {*map(type, cells)} != {kind}:
-        raise _Damaged
-    return cells
-
-
-def _texts(cells: Sequence[Any]) -> Sequence[str]:
-    return cells if {*map(type, cells)} == {str} else [*map(_str, cells)]
-
-
-def _times(cells: Sequence[Any]) -> list[datetime | None]:
-    parse = datetime.fromisoformat
-    try:
-        times = [None if cell is None else parse(cell) for cell in cells]
-    except (TypeError, ValueError):
-        raise _Damaged from None
-    if {time.tzinfo for time in times if time is not None} - {timezone.utc}:
-        raise _Damaged
-    return times
-
-
-def _load(cls: type[Record], rows: Iterable[Row]) -> Iterator[Record]:
-    """Make records of rows: by columns, since a call for each cell would take most of the time of a large
-    read, and in batches that a processor has at hand."""
-    rows, make = iter(rows), partial(tuple.__new__, cls)
-    while batch := [*islice(rows, 1000)]:
-        columns: list[Sequence[Any]] = []
-        for field, cells in zip(cls._fields, zip(*batch, strict=True), strict=True):
-            if field == "duration":  # cut towards zero, so that the extremes can be stored again
-                columns.append([timedelta(0, 0, cell // 1000 if cell >= 0 else -(-cell // 1000))
-                                for cell in _only(int, cells)])
-            elif field in _TIMES:
-                times = _times(cells)
-                columns.append(times if field == "completed_at" else _only(datetime, times))
-            else:
-                columns.append(_only(int, cells) if field in _NUMBERS else _texts(cells))
-        yield from map(make, zip(*columns, strict=True))
-
-
-_load_executions = partial(_load, ExecutionRecord)
-_load_background = partial(_load, BackgroundRun)
-
-
-def _load_texts(rows: Iterable[Row]) -> list[str]:
-    return [_str(cell) for cell, in rows]
-
-
-def _load_blobs(rows: Iterable[Row]) -> list[bytes]:
-    cells = [cell for cell, in rows]
-    for cell in cells:
-        if type(cell) is not bytes:
-            raise _Damaged
-    return cells
-
-
-# ---- where things are --------------------------------------------------------------------------------------
-
-def default_path() -> str:
-    """$FLOWSTORE_PATH, else flowstore.db in $FLOW_CACHE_DIR, else flow/flowstore.db in the user's cache."""
-    if path := os.environ.get("FLOWSTORE_PATH"):
-        return os.path.abspath(path)
-    if folder := os.environ.get("FLOW_CACHE_DIR"):
-        return os.path.abspath(os.path.join(folder, "flowstore.db"))
-    folder = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", "")
-    if sys.platform == "darwin":
-        folder = os.path.expanduser("~/Library/Caches")
-    if not os.path.isabs(folder):  # as the XDG specification wants it
-        folder = os.path.expanduser("~/.cache")
-    if not os.path.isabs(folder):
-        raise StoreError("this user has no home folder: name a store by FLOWSTORE_PATH")
-    return os.path.join(folder, "flow", "flowstore.db")
-
-
-def environment_bucket() -> str:
-    """The current scope: $FLOW_PROCESS_BUCKET with `_` for each `:`, `/` and space; unset or empty: root."""
-    return (os.environ.get(BUCKET_ENV) or ROOT_BUCKET).translate(str.maketrans(":/ ", "___"))
-
-
-def run_env_value(name: str) -> str:
-    """A variable of the environment, "" where unset; where it is exactly `${OTHER}`, the value of OTHER."""
-    value = os.environ.get(name, "")
-    return os.environ.get(value[2:-1], "") if value.startswith("${") and value.endswith("}") else value
-
-
-# ---- the interface -----------------------------------------------------------------------------------------
-
-class DataStore(ABC):
-    """What every store does. Names (key, ref, bucket, id) are non-empty str that survive UTF-8 with
-    surrogateescape there and back (else ValueError or TypeError), and are listed in order of its bytes.
-    What is deleted may be missing; bulk reads see one moment, and leave out what is missing."""
-    @abstractmethod
-    def set_cache_entry(self, key: str, value: bytes) -> None:
-        """Store a bytes-like value in place of an earlier one. It never expires by itself."""
-    @abstractmethod
-    def get_cache_entry(self, key: str) -> bytes | None:
-        """The value of a key, or None."""
-    @abstractmethod
-    def get_cache_entries(self, keys: Iterable[str]) -> dict[str, bytes]:
-        """The values of any number of keys."""
-    @abstractmethod
-    def delete_cache_entry(self, key: str) -> None:
-        """Delete a key."""
-
-    @abstractmethod
-    def record_execution(self, record: ExecutionRecord) -> None:
-        """Add a record; one with an id replaces that of the same ref and id, and keeps its place."""
-    @abstractmethod
-    def get_execution_history(self, ref: str, limit: int = 0) -> list[ExecutionRecord]:
-        """The newest `limit` (<= 0: all) by started_at, oldest first; equal ones in order of insertion."""
-    @abstractmethod
-    def get_execution_histories(self, refs: Iterable[str], limit: int = 0) -> Histories:
-        """The same for each of these refs that has records."""
-    @abstractmethod
-    def get_all_execution_history(self, limit_per_ref: int = 0) -> Histories:
-        """The same for all refs, in their order."""
-    @abstractmethod
-    def list_execution_refs(self) -> list[str]:
-        """The refs that have records, in order."""
-    @abstractmethod
-    def delete_execution_history(self, ref: str) -> None:
-        """Delete all records of a ref."""
-
-    @abstractmethod
-    def save_background_run(self, run: BackgroundRun) -> None:
-        """Store a run, in place of an earlier one with its id."""
-    @abstractmethod
-    def get_background_run(self, id: str) -> BackgroundRun:
-        """The run with this id, or NotFoundError."""
-    @abstractmethod
-    def get_background_runs(self, ids: Iterable[str]) -> dict[str, BackgroundRun]:
-        """The runs with these ids."""
-    @abstractmethod
-    def list_background_runs(self) -> list[BackgroundRun]:
-        """All runs, in the order of their ids."""
-    @abstractmethod
-    def delete_background_run(self, id: str) -> None:
-        """Delete a run."""
-
-    @abstractmethod
-    def create_process_bucket(self, bucket: str) -> None:
-        """Make an empty scope; an existing one stays as it is."""
-    @abstractmethod
-    def delete_process_bucket(self, bucket: str) -> None:
-        """Delete a scope with its variables."""
-    @abstractmethod
-    def set_process_var(self, bucket: str, key: str, value: str) -> None:
-        """Set a variable to a str (as a name, or empty) in a scope, which is made where it is missing."""
-    @abstractmethod
-    def get_process_var(self, bucket: str, key: str) -> str:
-        """The value in the scope, else in root, else NotFoundError. "" counts as found."""
-    @abstractmethod
-    def get_all_process_vars(self, bucket: str) -> dict[str, str]:
-        """The variables of the scope and of root, in order of the keys; the scope's own win."""
-    @abstractmethod
-    def get_process_var_keys(self, bucket: str) -> list[str]:
-        """The scope's keys in order, then in order those that only root has."""
-    @abstractmethod
-    def delete_process_var(self, bucket: str, key: str) -> None:
-        """Delete a variable of this scope alone."""
-
-    @abstractmethod
-    def transaction(self) -> AbstractContextManager[DataStore]:
-        """Yields a store whose operations take effect together or, on any exception, not. RuntimeError for
-        one in another, and for use after its end, from another thread or after a fork."""
-
-    def close(self) -> None:  # noqa: B027 - most hold nothing
-        """Nothing is held that it would close; the store stays usable."""
-
-
-# ---- the schema --------------------------------------------------------------------------------------------
-
-_APPLICATION_ID = 0x464C5753  # "FLWS"
-_VERSION = 1  # the oldest schema that can read the file; additive changes don't raise it
-
-# Each object as sqlite_master has it, less "CREATE ". The rowid of `history` is the order of insertion;
-# `identity`, a checksum of ref and id, finds a record's predecessor (an index over both would be a sixth of
-# the file), or is the digest of an imported record without id; `process` is a _process_note().
-_SCHEMA = {
-    "cache": "TABLE cache (key TEXT PRIMARY KEY NOT NULL, value BLOB NOT NULL)",
-    "history": """TABLE history (
-    ref TEXT NOT NULL, started_at TEXT NOT NULL, duration INTEGER NOT NULL, exit_code INTEGER NOT NULL,
-    error TEXT NOT NULL, log_archive_id TEXT NOT NULL, id TEXT NOT NULL, completed_at TEXT,
-    status TEXT NOT NULL, pid INTEGER NOT NULL, command TEXT NOT NULL, spec TEXT NOT NULL,
-    label TEXT NOT NULL, source TEXT NOT NULL, client_name TEXT NOT NULL, session_id TEXT NOT NULL,
-    working_dir TEXT NOT NULL, identity INTEGER, process TEXT NOT NULL)""",
-    "history_by_start": "INDEX history_by_start ON history (ref, started_at)",
-    "history_by_identity": "INDEX history_by_identity ON history (identity) WHERE identity IS NOT NULL",
-    "history_running": "INDEX history_running ON history (pid) WHERE status = 'running'",
-    "background": """TABLE background (
-    id TEXT PRIMARY KEY NOT NULL, pid INTEGER NOT NULL, ref TEXT NOT NULL, started_at TEXT NOT NULL,
-    status TEXT NOT NULL, log_archive_id TEXT NOT NULL, error TEXT NOT NULL,
-    completed_at TEXT) WITHOUT ROWID""",
-    "process_vars": """TABLE process_vars (
-    bucket TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (bucket, key)) WITHOUT ROWID""",
-    "process_buckets": "TABLE process_buckets (bucket TEXT PRIMARY KEY NOT NULL) WITHOUT ROWID",
-}
-_TABLES = [name for name, definition in _SCHEMA.items() if definition.startswith("TABLE")]
-
-# for files from elsewhere; and its close may be the last, with a checkpoint
-_READ_SETTINGS = "PRAGMA trusted_schema = OFF; PRAGMA cell_size_check = ON; PRAGMA checkpoint_fullfsync = ON;"
-# the size limit cuts a grown WAL when it starts anew
-_SETTINGS = _READ_SETTINGS + """
-    PRAGMA synchronous = FULL; PRAGMA fullfsync = ON; PRAGMA wal_autocheckpoint = 0;
-    PRAGMA journal_size_limit = 0; PRAGMA secure_delete = ON;"""
-
-_EXECUTION = ", ".join(ExecutionRecord._fields)
-_BACKGROUND = ", ".join(BackgroundRun._fields)
-_ADD_CACHE = "INSERT OR IGNORE INTO cache (key, value) VALUES (:key, :value)"
-_SET_CACHE = """
-    INSERT INTO cache (key, value) VALUES (:key, :value)
-    ON CONFLICT (key) DO UPDATE SET value = excluded.value"""
-_GET_CACHE = "SELECT value FROM cache WHERE key = :key"
-_DELETE_CACHE = "DELETE FROM cache WHERE key = :key"
-_ADD_RECORD = f"""
-    INSERT OR IGNORE INTO history ({_EXECUTION}, identity, process, rowid)
-    VALUES (:{_EXECUTION.replace(", ", ", :")}, :identity, :process,
-        (SELECT rowid FROM history WHERE identity = :identity AND ref = :ref AND id = :id))"""
-_RECORD = _ADD_RECORD.replace("IGNORE", "REPLACE")
-_HISTORY = f"""
-    SELECT {_EXECUTION} FROM history WHERE ref = :ref ORDER BY started_at DESC, rowid DESC LIMIT :limit"""
-_EACH_REF = """
-    WITH RECURSIVE refs (ref) AS (  -- from ref to ref through the index, not from record to record
-        SELECT min(ref) FROM history
-        UNION ALL
-        SELECT (SELECT min(ref) FROM history WHERE ref > refs.ref) FROM refs WHERE ref IS NOT NULL)"""
-_ALL_HISTORY = f"""
-    {_EACH_REF} SELECT history.{_EXECUTION} FROM refs CROSS JOIN history ON history.rowid IN (
-        SELECT rowid FROM history AS own WHERE own.ref = refs.ref
-        ORDER BY own.started_at DESC, own.rowid DESC LIMIT :limit)"""
-_REFS = f"{_EACH_REF} SELECT ref FROM refs WHERE ref IS NOT NULL"
-_NEWEST_REFS = f"""
-    {_REFS} ORDER BY (SELECT max(started_at) FROM history WHERE ref = refs.ref) DESC LIMIT :limit"""
-_DELETE_HISTORY = "DELETE FROM history WHERE ref = :ref"
-_ADD_RUN = f"""
-    INSERT OR IGNORE INTO background ({_BACKGROUND}) VALUES (:{_BACKGROUND.replace(", ", ", :")})"""
-_SET_RUN = _ADD_RUN.replace("IGNORE", "REPLACE")
-_GET_RUN = f"SELECT {_BACKGROUND} FROM background WHERE id = :id"
-_LIST_RUNS = f"SELECT {_BACKGROUND} FROM background ORDER BY id"
-_DELETE_RUN = "DELETE FROM background WHERE id = :id"
-_ADD_BUCKET = "INSERT OR IGNORE INTO process_buckets (bucket) VALUES (:bucket)"
-_LIST_BUCKETS = "SELECT bucket FROM process_buckets"
-_DELETE_BUCKET = "DELETE FROM process_buckets WHERE bucket = :bucket"
-_DELETE_VARS = "DELETE FROM process_vars WHERE bucket = :bucket"
-_ADD_VAR = "INSERT OR IGNORE INTO process_vars (bucket, key, value) VALUES (:bucket, :key, :value)"
-_SET_VAR = _ADD_VAR.replace("IGNORE", "REPLACE")
-_GET_VAR = """
-    SELECT value FROM process_vars WHERE bucket IN (:bucket, 'root') AND key = :key
-    ORDER BY bucket = 'root' LIMIT 1"""
-_LIST_VARS = "SELECT bucket, key, value FROM process_vars WHERE bucket IN (:bucket, 'root')"
-_DELETE_VAR = "DELETE FROM process_vars WHERE bucket = :bucket AND key = :key"
-_RUNNING = """
-    SELECT 'history', ref, id, pid, started_at, process FROM history WHERE status = 'running'
-    UNION ALL SELECT 'background', ref, id, pid, started_at, '' FROM background WHERE status = 'running'"""
-_PRUNE_STEP = 500  # rows, or pages: milliseconds, or tens of them
-_PRUNE = {table: (refs, f"""
-    SELECT started_at, {key} FROM {table} WHERE ref = :ref AND status <> 'running'
-    ORDER BY started_at DESC, {key} DESC LIMIT 1 OFFSET :keep""", f"""
-    DELETE FROM {table} WHERE {key} IN (
-        SELECT {key} FROM {table} WHERE ref = :ref AND status <> 'running'
-            AND (started_at, {key}) <= (:start, :key) LIMIT {_PRUNE_STEP})""")
-    for table, key, refs in (
-        ("history", "rowid", _REFS), ("background", "id", "SELECT DISTINCT ref FROM background"))}
-_OBJECTS = """
-    SELECT CAST(type AS BLOB), CAST(name AS BLOB), CAST(tbl_name AS BLOB), CAST(sql AS BLOB)
-    FROM sqlite_master"""
-_DIGITS = set("0123456789,.+- ")  # all that is harmless in the parentheses of an added column
-
-
-def _is_complete(objects: Iterable[Row]) -> bool:
-    """Whether these _OBJECTS hold the whole schema. DatabaseError for another layout and for what would run
-    by itself, as a view, trigger or expression does, or delete, as a unique index. Additions are fine."""
-    missing = set(_SCHEMA)
-    for row in objects:
-        kind, name, table, text = (_str(cell or b"") for cell in row)
-        if own := _SCHEMA.get(_folded(name)):
-            # ALTER TABLE puts a column at the end, but before the constraints
-            at = own.find(", PRIMARY") if ", PRIMARY" in own else own.rfind(")")
-            at = len(own) if kind == "index" else at
-            head, tail = f"CREATE {own[:at]}", own[at:]
-            added = text[len(head) : len(text) - len(tail)]
-            braces = [each.partition(")")[0] for each in added.split("(")[1:]]  # of VARCHAR(10), not of CHECK
-            fits = text == head + added + tail and added[:1] in ("", ",") and set("".join(braces)) <= _DIGITS
-            missing.discard(_folded(name))
-        else:  # the indexes of PRIMARY KEYs have no text
-            plain = text[:12] in ("", "CREATE INDEX") and text.replace(name, "", 1).count("(") <= 1
-            fits = plain or _folded(table) not in _TABLES
-        if not fits:
-            raise sqlite3.DatabaseError(f"its {kind} {name!r} is not the store's")
-    return not missing
-
-
-# ---- connections -------------------------------------------------------------------------------------------
-
-_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
-_UNREADABLE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
-_WAL_LIMIT = 4 << 20  # bytes; SQLite's own default is 1,000 pages
-_FORK_PATIENCE = 10.0  # seconds
-
-
-class _Process:
-    """What this process has open. A fork waits for operations of other threads: none may be inside SQLite."""
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.changed = threading.Condition(self.lock)
-        self.operations: set[int] = set()  # the threads that are in one
-        self.forking = self.forks = 0
-        # weak: an interrupt at the very beginning of __exit__() leaves one open, which its __del__() closes
-        self.connections: set[_weakref.ref[_Connection]] = set()
-        self.transactions: dict[tuple[int, str], _weakref.ref[_Session]] = {}  # by thread and file
-        self.lost: set[str] = set()  # files open at the fork: SQLite believes in locks that a child hasn't
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(before=self.before, after_in_parent=self.after, after_in_child=self.in_child)
-
-    def open_connections(self) -> list[_Connection]:
-        return [connection for each in [*self.connections] if (connection := each())]
-
-    def stand_back(self) -> None:
-        with self.lock:
-            self.operations.discard(get_ident())
-            self.changed.notify_all()
-            while self.forking:
-                self.changed.wait()
-            self.operations.add(get_ident())
-
-    def before(self) -> None:
-        own = {get_ident()}
-        self.lock.acquire()
-        self.forking += 1
-        self.changed.wait_for(lambda: self.operations <= own, _FORK_PATIENCE)
-
-    def after(self) -> None:
-        self.forking -= 1
-        self.changed.notify_all()
-        self.lock.release()
-
-    def in_child(self) -> None:
-        self.changed = threading.Condition(self.lock)
-        self.forks += 1
-        self.forking = 1
-        self.operations &= {get_ident()}
-        kept: list[Any] = []
-        for connection in self.open_connections():  # closing one here would undo what the parent writes
-            self.lost.add(connection.file)
-            kept.append(connection.sql)
-            connection.sql = None
-        if kept:  # for good
-            kept.append(kept)
-            gc.freeze()
-        self.connections.clear()
-        self.transactions.clear()
-        self.after()
-
-
-_process = _Process()
-
-_REASONS = {
-    sqlite3.SQLITE_FULL: "the disk is full, nothing of this was changed: make room",
-    sqlite3.SQLITE_READONLY: "it can't be written to: check the rights of file and folder",
-    sqlite3.SQLITE_TOOBIG: "a value is larger than 1,000,000,000 bytes: keep it in a file",
-    sqlite3.SQLITE_CANTOPEN: "it can't be opened: a full disk, another's folder, a path over 512 bytes?",
-    sqlite3.SQLITE_IOERR: "it can't be read or written: is the disk full, or a network one (without locks)?",
-}
-
-
-def _code(error: Exception) -> int:
-    if isinstance(error, OverflowError):
-        return sqlite3.SQLITE_TOOBIG
-    code: int = getattr(error, "sqlite_errorcode", 0)
-    if code == sqlite3.SQLITE_IOERR_DELETE_NOENT:  # others have deleted a -wal or -journal first
-        return sqlite3.SQLITE_BUSY
-    return code & 0xFF
-
-
-def _translated(error: Exception, file: str) -> StoreError:
-    if isinstance(error, StoreError):  # a StoreBusyError is an OSError too
-        return error
-    code, kind = _code(error), StoreError
-    if isinstance(error, OSError):
-        reason = f"{error.strerror or error}: name a path that you may read and write"
-    elif code in _BUSY:
-        kind, reason = StoreBusyError, f"another process has it locked ({error}): try again"
-    elif code in _REASONS:
-        reason = f"{_REASONS[code]} ({error})"
-    elif code == sqlite3.SQLITE_NOTADB:
-        kind, reason = CorruptStoreError, _what_it_is(file)
-    else:
-        detail = f" ({error})" if code or type(error) is not sqlite3.OperationalError else ""
-        kind, reason = CorruptStoreError, f"damaged, or no store{detail}: restore a backup, or move it away"
-    return _error(kind, file, reason)
-
-
-def _what_it_is(file: str) -> str:
-    """What a file is that SQLite has refused: only then, since closing one drops the process's locks."""
-    try:
-        with open(file, "rb") as stream:
-            start = stream.read(1 << 17)
-    except OSError:
-        start = b""
-    if b"\xed\xda\x0c\xed" in (start[at + 16 : at + 20] for at in (0, *(512 << n for n in range(8)))):
-        return "a bbolt file, as the original's store.db is: bring it over with `flowstore import FILE`"
-    return "no SQLite file, so no store: name another path, or move the file away"
-
-
-def _refuse_planted(path: str, *endings: str) -> bool:
-    """Whether anyone may write to the folder of a path; what another user has put there is refused."""
-    try:
-        folder = os.stat(os.path.dirname(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    shared = os.name == "posix" and bool(folder.st_mode & stat.S_IWOTH)
-    for ending in endings if shared else ():
-        try:
-            owner = os.lstat(path + ending).st_uid
-        except FileNotFoundError:
-            continue
-        if owner not in (os.geteuid(), folder.st_uid):
-            raise _error(StoreError, path + ending, "another user's, and anyone may write to its folder:"
-                         " name a path in a folder of your own")
-    return shared
-
-
-def _make_folder(folder: str) -> None:
-    if not os.path.isdir(folder):
-        _make_folder(os.path.dirname(folder))
-        try:
-            os.mkdir(folder, 0o700)
-            os.chmod(folder, 0o700)
-        except FileExistsError:
-            pass
-
-
-def _make_file(file: str) -> None:
-    with _process.lock:  # closing it drops all locks on the file: no thread may have opened it by then
-        os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        os.chmod(file, 0o600)
-
-
-@lru_cache
-def _uri(file: str) -> str:
-    return "file:" + "".join(f"%{byte:02X}" for byte in os.fsencode(file))
-
-
-def _connect(file: str, options: str = "mode=rw") -> SQL:
-    with _process.lock:
-        return sqlite3.connect(f"{_uri(file)}?{options}", uri=True, timeout=0, isolation_level=None,
-                               check_same_thread=False)
-
-
-def _create(sql: SQL) -> None:
-    for definition in _SCHEMA.values():
-        sql.execute("CREATE " + definition.replace(" ", " IF NOT EXISTS ", 1))
-    sql.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-    sql.execute(f"PRAGMA user_version = {_VERSION}")
-
-
-def _read_blank(work: Work[T]) -> T:
-    sql = sqlite3.connect(":memory:", isolation_level=None)
-    try:
-        _create(sql)
-        return work(sql)
-    finally:
-        sql.close()
-
-
-class _Connection:
-    """A connection to a file: only here it is opened and recognised, locks are awaited, transactions begun
-    and ended. `with` encloses each use: a fork waits for its end, and errors become StoreErrors."""
-    sql: Any = None  # the sqlite3.Connection, while it is open
-
-    def __init__(self, store: SQLiteDataStore, held: bool = False) -> None:
-        self.store, self.file = store, store._file
-        self.held = held  # over several uses
-        self.inode = 0  # of the file that was opened
-        self.settings = ""  # those that are made
-        self.cookie: int | None = None  # of the schema, when it was found to be complete
-        self.seen: tuple[int, ...] | None = None  # look() at a file that is opened as one at rest
-        self.waiting_since = self.pause = self.measured = 0.0
-
-    def __enter__(self) -> Self:
-        _process.operations.add(get_ident())
-        if _process.forking:
-            _process.stand_back()
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            if not self.held:
-                self.close()
-        finally:
-            _process.operations.discard(get_ident())
-            if _process.forking:
-                with _process.lock:
-                    _process.changed.notify_all()
-        if isinstance(error, (sqlite3.Error, OSError, OverflowError, UnicodeError)):
-            # an error of the sqlite3 module itself has no code, and may quote a value
-            quotes = isinstance(error, sqlite3.Error) and not hasattr(error, "sqlite_errorcode")
-            raise _translated(error, self.file) from (None if quotes else error)
-
-    def open(self, make: bool, look: bool = False) -> bool:
-        """Open the file, made where it is missing; False where it is missing and not to be made."""
-        if self.file in _process.lost:
-            raise RuntimeError(f"{self.file}: a session had it open when this process was forked: use spawn")
-        while not self.sql:
-            try:
-                mode, self.inode = os.stat(self.file)[:2]
-                if not stat.S_ISREG(mode):
-                    raise _error(StoreError, self.file, "this is no regular file: name another path")
-                if self.store._shared:
-                    _refuse_planted(self.file, "", "-wal", "-shm", "-journal")
-                seen = self.look() if look or not os.access(self.file, os.W_OK) else None
-                self.seen = seen if seen and not seen[-1] else None  # with a WAL somebody writes to it
-                self.sql = _connect(self.file, "mode=ro&immutable=1" if self.seen else "mode=rw")
-                _process.connections.add(_weakref.ref(self, _process.connections.discard))
-                self.settings, self.cookie = "", None
-            except (FileNotFoundError, NotADirectoryError):
-                if not make:
-                    return False
-                _make_folder(os.path.dirname(self.file))
-                try:
-                    _make_file(self.file)
-                except FileExistsError:
-                    pass
-            except sqlite3.OperationalError:
-                if not self.has_moved():
-                    raise
-        return True
-
-    def close(self) -> None:
-        sql, self.sql = self.sql, None
-        if sql:
-            sql.close()
-            _process.connections.discard(_weakref.ref(self))
-
-    __del__ = close
-
-    def has_moved(self) -> bool:
-        """Whether others have destroyed the file that was opened."""
-        try:
-            return os.stat(self.file).st_ino != self.inode
-        except FileNotFoundError:
-            return True
-
-    def look(self) -> tuple[int, ...]:
-        """The state of a file; last the size of its WAL."""
-        status = os.stat(self.file)
-        try:
-            wal = os.stat(self.file + "-wal").st_size
-        except FileNotFoundError:
-            wal = 0
-        return status.st_ino, status.st_mtime_ns, status.st_size, wal
-
-    def wait(self) -> None:
-        """Sleep a moment, since others are at work; StoreBusyError after the timeout."""
-        now = time.monotonic()
-        if not self.waiting_since:
-            self.waiting_since, self.pause = now, 0.0005
-        waited, timeout = now - self.waiting_since, self.store._timeout
-        if waited >= timeout:
-            raise _error(StoreBusyError, self.file, "another process has kept the store locked for"
-                         f" {waited:.1f} seconds: try again, or wait longer by timeout=")
-        # SQLite's handler starves the unluckiest of many (2.5 s of 64 on 2 cores): here who has waited longer
-        # tries oftener; but if most of 64 try every 2 ms, the one that has the lock finds no time to go on
-        most = 0.064 if waited < 0.15 else 0.010 if waited < 0.25 else 0.005 if waited < 0.35 else 0.003
-        self.pause = min(self.pause * 2, most)
-        jitter = 0.5 + time.perf_counter_ns() % 1000 / 1000
-        time.sleep(min(self.pause * jitter, timeout - waited))
-
-    def wait_out(self, error: Exception) -> None:
-        """Wait, to try again, after an error that is others' doing; raise any other."""
-        self.rollback()
-        if _code(error) not in _BUSY:
-            if not self.has_moved():
-                raise error
-            self.close()
-        self.wait()
-
-    def begin(self, write: bool) -> bool:
-        """Take the write lock, or a snapshot if there is a file. Whether a complete store is in it."""
-        transaction = _process.transactions.get((get_ident(), self.file)) if write else None
-        if transaction and transaction():
-            raise RuntimeError(f"{self.file}: this thread, in a transaction() on it, would wait for itself")
-        if write and self.seen:
-            self.close()
-        look = False
-        while self.sql or self.open(write, look):
-            if write and self.seen:  # SQLite would begin a read
-                raise _error(StoreError, self.file, _REASONS[sqlite3.SQLITE_READONLY])
-            try:
-                settings = _SETTINGS if write else self.settings or _READ_SETTINGS
-                if self.settings != settings:  # here, since some of them read the file
-                    self.sql.executescript(settings)
-                    self.settings = settings
-                known = self.cookie is not None  # and in WAL mode: SQLite keeps a lock, so that it can't move
-                self.sql.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-                complete = self.identify()
-                if known or not self.has_moved():
-                    return complete
-                self.close()
-                self.wait()
-            except (sqlite3.Error, FileNotFoundError) as error:
-                if write or self.seen or _code(error) not in _UNREADABLE or self.has_moved():
-                    self.wait_out(error)
-                else:  # no -shm file can be had to read by: read as it is what nobody writes to
-                    self.close()
-                    look = not self.look()[-1]
-                    if not look:
-                        self.wait()
-            except BaseException:
-                self.rollback()
-                raise
-        return False
-
-    def identify(self) -> bool:
-        """Whether the file is a complete store, not a blank or older one; another's is refused."""
-        [cookie] = self.sql.execute("PRAGMA schema_version").fetchone()
-        if cookie == self.cookie:
-            return True
-        [application] = self.sql.execute("PRAGMA application_id").fetchone()
-        [version] = self.sql.execute("PRAGMA user_version").fetchone()
-        if application != _APPLICATION_ID and (application or version or cookie):
-            raise _error(CorruptStoreError, self.file, "another program's SQLite file (application id"
-                         f" {application:#x}), so no store: name another path")
-        if not application and 0 < os.path.getsize(self.file) < 512:  # to SQLite that is empty
-            raise _error(CorruptStoreError, self.file, _what_it_is(self.file))
-        if version > _VERSION:
-            raise _error(StoreError, self.file, f"it needs a newer flowstore (schema {version}): update")
-        if cookie != self.store._known_schema:
-            if not _is_complete(self.sql.execute(_OBJECTS).fetchall()):
-                return False
-            self.store._known_schema = cookie
-        self.cookie = cookie if version == _VERSION else None
-        return self.cookie is not None
-
-    def rollback(self) -> None:
-        if self.sql and self.sql.in_transaction:
-            self.sql.execute("ROLLBACK")
-
-    def commit(self) -> None:
-        while self.sql.in_transaction:
-            try:
-                self.sql.execute("COMMIT")
-            except sqlite3.OperationalError as error:  # busy only where somebody has taken it out of WAL mode
-                if _code(error) not in _BUSY:
-                    raise
-                self.wait()
-        now = time.monotonic()
-        if now < self.measured + 0.005:  # s: there is time for a dozen writes in between
-            return
-        self.measured = now
-        try:
-            if os.stat(self.file + "-wal").st_size > _WAL_LIMIT:
-                self.sql.execute("BEGIN IMMEDIATE")
-                self.checkpoint()
-        except (OSError, sqlite3.Error):
-            pass  # what was to be written is; the WAL's size is the next writer's care
-
-    def checkpoint(self) -> None:
-        """End the transaction with a checkpoint, after which the next writer starts the WAL anew.
-
-        Until SQLite 3.51.2 a commit that does so between two checkpoints can lose pages. Nobody can while
-        this connection has the write lock, and a passive one, on another, waits for no reader.
-        """
-        try:
-            other = _connect(self.file)
-            try:
-                other.executescript(f"{_SETTINGS} PRAGMA wal_checkpoint(PASSIVE)")
-            finally:
-                other.close()
-        finally:
-            self.rollback()
-
-    def read(self, work: Work[T]) -> T:
-        """Run work in a snapshot; a missing or blank file reads as an empty store."""
-        self.waiting_since = 0.0
-        while True:
-            try:
-                made = self.begin(write=False) or (self.sql and self.sql.execute(
-                    "SELECT 1 FROM sqlite_master WHERE name = 'cache'").fetchone())
-                result = work(self.sql) if made else _read_blank(work)
-                if not self.seen or self.seen == self.look():
-                    return result
-            except sqlite3.Error:
-                if not self.seen or self.seen == self.look():
-                    raise
-            finally:
-                if self.held:
-                    self.rollback()
-                else:
-                    self.close()
-            self.close()  # somebody has written to what could only be looked at
-            self.wait()
-
-    def begin_write(self) -> None:
-        self.waiting_since = 0.0
-        while not self.begin(write=True):
-            self.rollback()
-            self.initialise()
-
-    def write(self, work: Work[T]) -> T:
-        self.begin_write()
-        try:
-            result = work(self.sql)
-            self.commit()
-            return result
-        finally:
-            self.rollback()
-
-    def prepare(self) -> None:
-        self.waiting_since = 0.0
-        while True:
-            complete = self.begin(write=False)
-            self.rollback()
-            if complete and (self.seen or self.sql.execute("PRAGMA journal_mode").fetchone() == ("wal",)):
-                return
-            self.initialise()
-
-    def initialise(self) -> None:
-        """Try to make a store of a missing or blank file, or to complete an older one."""
-        if self.seen:
-            self.close()
-        self.open(make=True)
-        sql = self.sql
-        try:
-            if not os.path.getsize(self.file):
-                os.chmod(self.file, 0o600)
-            sql.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            [mode] = sql.execute("PRAGMA journal_mode = WAL").fetchone()
-        except (sqlite3.OperationalError, FileNotFoundError) as error:
-            self.wait_out(error)
-            return
-        if mode != "wal":
-            raise _error(StoreError, self.file, "SQLite can't keep a WAL here: name a store on a local disk")
-        self.cookie = None
-        try:
-            if not self.begin(write=True) and self.sql is sql:
-                _create(sql)
-                if not self.identify():
-                    raise sqlite3.DatabaseError("its tables aren't the store's")
-                sql.execute("COMMIT")
-        finally:
-            self.rollback()
-
-
-# ---- the store ---------------------------------------------------------------------------------------------
-
-class _Operations(DataStore):
-    """The operations, each its SQL and a line or two around it, on _read() and _write()."""
-    path: str
-
-    @abstractmethod
-    def _read(self, work: Work[T], snapshot: bool = False) -> T:
-        """Run work on a connection; with snapshot, all its statements see one moment."""
-
-    @abstractmethod
-    def _write(self, work: Work[T]) -> T:
-        """Run work on a connection in a write transaction."""
-
-    def _fetch(self, statement: str, load: Load[T], cells: Cells | None = None, **names: Any) -> list[T]:
-        values = _checked(names, cells)
-
-        def work(sql: SQL) -> list[T]:
-            rows = sql.execute(statement, values)
-            try:
-                return [*load(rows)]
-            finally:
-                rows.close()  # else an error would keep it, and with it the file open
-
-        return self._read(work)
-
-    def _fetch_each(self, statement: str, load: Load[T], what: str, names: Iterable[str],
-                    **cells: object) -> dict[str, list[T]]:
-        """What load makes of the rows of each name that has any."""
-        if isinstance(names, str):
-            raise TypeError(f"{what}s must be several str, not one")
-        values = {name: _checked({what: name}, cells) for name in names}
-
-        def work(sql: SQL) -> dict[str, list[T]]:
-            rows = ((name, sql.execute(statement, value).fetchall()) for name, value in values.items())
-            return {name: [*load(found)] for name, found in rows if found}
-
-        return self._read(work, snapshot=True)
-
-    def _execute(self, *statements: str, cells: Cells | None = None, **names: Any) -> int:
-        """Run the statements in one transaction; how many rows they changed."""
-        values = _checked(names, cells)
-        return self._write(lambda sql: sum([sql.execute(each, values).rowcount for each in statements]))
-
-    # -- cache
-    def set_cache_entry(self, key: str, value: bytes) -> None:
-        try:
-            view = memoryview(value)
-        except TypeError:
-            raise TypeError(f"value must be bytes-like, not {type(value).__name__}") from None
-        self._execute(_SET_CACHE, cells={"value": view if view.c_contiguous else view.tobytes()}, key=key)
-
-    def get_cache_entry(self, key: str) -> bytes | None:
-        for value in self._fetch(_GET_CACHE, _load_blobs, key=key):
-            return value
-        return None
-
-    def get_cache_entries(self, keys: Iterable[str]) -> dict[str, bytes]:
-        found = self._fetch_each(_GET_CACHE, _load_blobs, "key", keys)
-        return {key: value for key, [value] in found.items()}
-
-    def delete_cache_entry(self, key: str) -> None:
-        self._execute(_DELETE_CACHE, key=key)
-
-    # -- history
-    def record_execution(self, record: ExecutionRecord) -> None:
-        self._execute(_RECORD, cells=_history_row(record))
-
-    def get_execution_history(self, ref: str, limit: int = 0) -> list[ExecutionRecord]:
-        return self._fetch(_HISTORY, _load_executions, {"limit": _limit(limit)}, ref=ref)[::-1]
-
-    def get_execution_histories(self, refs: Iterable[str], limit: int = 0) -> Histories:
-        found = self._fetch_each(_HISTORY, _load_executions, "ref", refs, limit=_limit(limit))
-        return {ref: records[::-1] for ref, records in found.items()}
-
-    def get_all_execution_history(self, limit_per_ref: int = 0) -> Histories:
-        def load(rows: Iterable[Row]) -> Iterable[ExecutionRecord]:  # by ref, there in the order of insertion
-            each = (sorted(own, key=lambda row: _str(row[1])) for _, own in groupby(rows, lambda row: row[0]))
-            return _load_executions(row for own in each for row in own)
-
-        histories: Histories = {}
-        for record in self._fetch(_ALL_HISTORY, load, {"limit": _limit(limit_per_ref)}):
-            histories.setdefault(record.ref, []).append(record)
-        return {ref: histories[ref] for ref in _ordered(histories)}
-
-    def list_execution_refs(self) -> list[str]:
-        return _ordered(self._fetch(_REFS, _load_texts))
-
-    def delete_execution_history(self, ref: str) -> None:
-        self._execute(_DELETE_HISTORY, ref=ref)
-
-    # -- background runs
-    def save_background_run(self, run: BackgroundRun) -> None:
-        self._execute(_SET_RUN, cells=_row(BackgroundRun, run), id=run.id, ref=run.ref)
-
-    def get_background_run(self, id: str) -> BackgroundRun:
-        for run in self._fetch(_GET_RUN, _load_background, id=id):
-            return run
-        raise _error(NotFoundError, self.path, f"there is no background run {id!r}")
-
-    def get_background_runs(self, ids: Iterable[str]) -> dict[str, BackgroundRun]:
-        return {id: run for id, [run] in self._fetch_each(_GET_RUN, _load_background, "id", ids).items()}
-
-    def list_background_runs(self) -> list[BackgroundRun]:
-        runs = self._fetch(_LIST_RUNS, _load_background)
-        if not "".join(run.id for run in runs).isascii():  # else SQLite's order is that of the bytes
-            runs.sort(key=lambda run: _utf8(run.id))
-        return runs
-
-    def delete_background_run(self, id: str) -> None:
-        self._execute(_DELETE_RUN, id=id)
-
-    # -- process variables
-    def create_process_bucket(self, bucket: str) -> None:
-        self._execute(_ADD_BUCKET, bucket=bucket)
-
-    def delete_process_bucket(self, bucket: str) -> None:
-        self._execute(_DELETE_VARS, _DELETE_BUCKET, bucket=bucket)
-
-    def list_process_buckets(self) -> list[str]:
-        """The scopes that were made or written to and not deleted, in order."""
-        return _ordered(self._fetch(_LIST_BUCKETS, _load_texts))
-
-    def set_process_var(self, bucket: str, key: str, value: str) -> None:
-        self._execute(_SET_VAR, _ADD_BUCKET, cells={"value": _text("value", value)}, bucket=bucket, key=key)
-
-    def get_process_var(self, bucket: str, key: str) -> str:
-        for value in self._fetch(_GET_VAR, _load_texts, bucket=bucket, key=key):
-            return value
-        root = "" if bucket == ROOT_BUCKET else " or in root"
-        raise _error(NotFoundError, self.path, f"there is no variable {key!r} in the scope {bucket!r}{root}")
-
-    def _variables(self, bucket: str) -> tuple[dict[str, str], dict[str, str]]:
-        """Those of the scope, and those of root."""
-        rows = self._fetch(_LIST_VARS, lambda rows: [[*map(_str, row)] for row in rows], bucket=bucket)
-        own, root = ({key: value for scope, key, value in rows if scope == each}
-                     for each in (bucket, ROOT_BUCKET))
-        return own, root
-
-    def get_all_process_vars(self, bucket: str) -> dict[str, str]:
-        own, root = self._variables(bucket)
-        merged = root | own
-        return {key: merged[key] for key in _ordered(merged)}
-
-    def get_process_var_keys(self, bucket: str) -> list[str]:
-        own, root = self._variables(bucket)
-        return _ordered(own) + _ordered(root.keys() - own.keys())
-
-    def delete_process_var(self, bucket: str, key: str) -> None:
-        self._execute(_DELETE_VAR, bucket=bucket, key=key)
-
-
-def _limit(limit: object) -> int:
-    return max(_integer("limit", limit), 0) or -1
-
-
-def _history_row(record: ExecutionRecord, process: str = "") -> Cells:
-    import zlib
-
-    row = _row(ExecutionRecord, record)
-    _name("ref", record.ref)
-    identity = zlib.crc32(_utf8(f"{record.ref}\0{record.id}")) if record.id else None
-    return {**row, "identity": identity, "process": process}
-
-
-class SQLiteDataStore(_Operations):
-    """A store in an SQLite file (None or "": default_path()), made where it is missing, with its folder. Any
-    number of processes and threads may use it; each operation waits up to `timeout` seconds for others."""
-    def __init__(self, path: Path | None = None, *, timeout: float = 3.0) -> None:
-        _check("timeout", timeout, int if isinstance(timeout, int) else float)
-        if not timeout >= 0:
-            raise ValueError("timeout must be 0 or more seconds")
-        path = "" if path is None else os.fsdecode(path)
-        if path == ":memory:" or "\0" in path:
-            raise ValueError("a store is a file, since each operation opens it; and no path has a NUL")
-        try:
-            self.path = os.path.abspath(path or default_path())
-            _refuse_planted(self.path, "")
-            self._file = os.path.realpath(self.path)
-            self._shared = _refuse_planted(self._file)
-        except OSError as error:  # the current folder has been removed
-            raise _translated(error, path) from error
-        self._timeout = min(timeout, 1e6)  # about what SQLite and time.sleep() understand
-        self._known_schema = -1  # SQLite's schema cookie when it was last found to be ours
-        self._prepare()
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.path!r})"
-
-    def _prepare(self) -> None:
-        with _Connection(self) as connection:
-            connection.prepare()
-
-    def _exists(self) -> bool:
-        with _Connection(self) as connection:
-            return connection.open(make=False)
-
-    def _read(self, work: Work[T], snapshot: bool = False) -> T:
-        with _Connection(self) as connection:
-            return connection.read(work)
-
-    def _write(self, work: Work[T]) -> T:
-        with _Connection(self) as connection:
-            return connection.write(work)
-
-    def session(self) -> AbstractContextManager[_Session]:
-        """Yields a store whose operations share a connection, each in its own transaction: for loops.
-        RuntimeError where it is used after its end, from another thread or after a fork."""
-        return _Session(self, False)
-
-    def transaction(self) -> AbstractContextManager[_Session]:
-        return _Session(self, True)
-
-    def execution(self, ref: str, *, id: str | None = None, **fields: str) -> Execution:
-        """A context manager that records a run of ref, see Execution. Its id, else a UUID, names its scope.
-        fields: label, command, spec, log_archive_id, working_dir, source, client_name, session_id."""
-        return Execution(self, ref, id, fields)
-
-    def reconcile(self) -> int:
-        """Mark running records and background runs as failed whose process is gone; returns how many. Their
-        scopes go. Left alone: another machine's, another pid namespace's, those without a pid."""
-        return self._mark(self._gone())
-
-    def _gone(self) -> list[Row]:
-        """The rows of _RUNNING whose process is gone."""
-        return self._fetch(_RUNNING, lambda rows: [row for row in rows if _is_gone(*row[3:])])
-
-    def _mark(self, gone: list[Row]) -> int:
-        return self._write(lambda sql: _mark_gone(sql, gone)) if gone else 0
-
-    def prune(self, keep: int | None = None, before: datetime | None = None) -> PruneSummary:
-        """Delete, per ref, all but the newest `keep` records and background runs, and those that started
-        before `before`. Running ones stay and don't count. In small steps: no writer waits for long."""
-        if keep is not None and _integer("keep", keep) < 0:
-            raise ValueError("keep must be 0 or more")
-        limits: list[Row] = [] if before is None else [(_instant("before", before), None)]
-        deleted = dict.fromkeys(_PRUNE, 0)
-        with self.session() as session:
-            for table, (refs, newest, delete) in _PRUNE.items():
-                for (ref,) in session._fetch(refs, iter):
-                    # the newest that goes, by start and key
-                    beyond = [] if keep is None else session._fetch(newest, iter, {"ref": ref, "keep": keep})
-                    for start, key in (*limits, *beyond):
-                        cells = {"ref": ref, "start": start, "key": key}
-                        while count := session._execute(delete, cells=cells):
-                            deleted[table] += count
-            free: Sequence[Row] = ()
-            while free != (free := session._fetch("PRAGMA freelist_count", iter)) and free[0][0]:
-                session._write(lambda sql: [*sql.execute(f"PRAGMA incremental_vacuum({_PRUNE_STEP})")])
-            with session._connection as connection:
-                connection.begin_write()
-                connection.checkpoint()  # which cuts the file
-        return PruneSummary(**deleted)
-
-    def backup(self, target: Path) -> None:
-        """Copy the store, as it is at one moment, to a new file; StoreError where something is there."""
-        target = os.path.abspath(os.fsdecode(target))
-        with _Connection(self) as connection:
-            if not connection.open(make=False):
-                raise _error(StoreError, self.path, "there is no store here to copy")
-            connection.read(lambda sql: None)  # is it a store?
-            try:
-                _make_file(target)
-            except OSError as error:  # FileExistsError among them
-                raise _error(StoreError, target, f"{error.strerror}: name a new file for it") from error
-            try:
-                connection.read(lambda sql: _copy(sql, target))
-            except BaseException as error:
-                os.unlink(target)
-                if isinstance(error, sqlite3.Error) and _code(error) in _REASONS:
-                    raise _translated(error, target) from error
-                raise
-
-
-def _copy(sql: SQL, target: str) -> None:
-    copy = _connect(target)
-    try:
-        copy.executescript(_SETTINGS)
-        sql.backup(copy)
-    finally:
-        copy.close()
-
-
-class _Session(_Operations):
-    """What session() and transaction() yield: the operations on one connection, for one thread."""
-    def __init__(self, store: SQLiteDataStore, atomic: bool, connection: _Connection | None = None) -> None:
-        self.path = store.path
-        self._store = store
-        self._atomic = atomic  # a transaction, in which all operations take effect together
-        self._connection = connection or _Connection(store, held=True)
-        self._borrowed = connection is not None
-        self._owner: tuple[int, int] | None = None  # while it is open: its thread, and the forks before it
-
-    def __enter__(self) -> Self:
-        if self._owner:
-            raise RuntimeError(f"{self.path}: this session or transaction is open already")
-        self._owner = get_ident(), _process.forks
-        try:
-            with self._connection as connection:
-                if self._atomic:
-                    connection.begin_write()
-                    _process.transactions[self._owner[0], connection.file] = _weakref.ref(self)
-                else:
-                    connection.prepare()
-        except BaseException:
-            self._end()
-            raise
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if self._owner and self._owner[1] == _process.forks:  # else the parent's: closing it would harm that
-            try:
-                if self._atomic and kind is None:
-                    with self._connection as connection:
-                        self._check_alive()
-                        connection.commit()
-            finally:
-                self._end()
-
-    def _end(self) -> None:
-        thread = self._owner[0] if self._owner else 0
-        with self._connection as connection:
-            transaction = _process.transactions.get((thread, connection.file))
-            if self._atomic and (not transaction or transaction() in (None, self)):
-                _process.transactions.pop((thread, connection.file), None)
-                connection.rollback()
-            if not self._borrowed:
-                connection.close()
-        self._owner = None
-
-    def _check_open(self) -> None:
-        if self._owner != (get_ident(), _process.forks):
-            reason = "is of another thread or before a fork: open one here" if self._owner else "is not open"
-            raise RuntimeError(f"{self.path}: this session or transaction {reason}")
-        if self._atomic:
-            self._check_alive()
-
-    def _check_alive(self) -> None:
-        if not (self._connection.sql and self._connection.sql.in_transaction):
-            raise _error(StoreError, self.path, "SQLite has rolled this transaction back (a full disk?):"
-                         " nothing of it was changed; begin it again")
-
-    def _read(self, work: Work[T], snapshot: bool = False) -> T:
-        self._check_open()
-        with self._connection as connection:
-            sql = connection.sql
-            if sql and sql.in_transaction:
-                return work(sql)
-            if sql and not snapshot and not connection.seen:
-                try:
-                    return work(sql)
-                except sqlite3.OperationalError:
-                    pass  # somebody has the file to himself, or has emptied it: with more care then
-            return connection.read(work)
-
-    def _write(self, work: Work[T]) -> T:
-        if self._atomic:
-            return self._read(work)
-        self._check_open()
-        with self._connection as connection:
-            return connection.write(work)
-
-    def transaction(self) -> AbstractContextManager[_Session]:
-        self._check_open()
-        if self._atomic:
-            raise RuntimeError(f"{self.path}: a transaction can't be nested in another")
-        return _Session(self._store, True, self._connection)
-
-
-# ---- the end of a store, and moving old data ---------------------------------------------------------------
-
-class _ExistingStore(SQLiteDataStore):
-    """A store that isn't made by naming it."""
-    def _prepare(self) -> None:
-        pass
-
-
-def destroy_store(path: Path | None = None) -> None:
-    """Remove a store with its file; a missing one is no error, what isn't a store is refused. StoreBusyError
-    where somebody keeps it open for longer than 3 seconds: the empty file is left."""
-    store = _ExistingStore(path)
-    with _Connection(store) as connection:
-        if not connection.open(make=False):
-            return
-        if connection.begin(write=True):  # to be alone with it already here would starve under load
-            for name in _plain_tables(connection.sql):
-                connection.sql.execute(f"DROP TABLE {_quoted(name)}")
-            connection.sql.execute("PRAGMA user_version = 0")
-            connection.sql.execute("COMMIT")
-        connection.rollback()
-        connection.waiting_since = 0.0
-        try:
-            while not _unlink(connection):
-                connection.close()
-        except StoreBusyError:
-            raise _error(StoreBusyError, store.path, "the store has been emptied, but the file is left,"
-                         " since another process has it open: end that and do it again") from None
-
-
-def _unlink(connection: _Connection) -> bool:
-    """Unlink an emptied file; False where that is to be tried again, with the file that is at the path then.
-    In WAL mode others could go on writing to it when it has no name, and a new file would meet its -wal."""
-    if connection.begin(write=False) or not connection.sql:
-        return True  # others have made a new store of it, which stays, or have removed it
-    connection.rollback()
-    try:
-        connection.sql.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
-        connection.sql.execute("PRAGMA journal_mode = MEMORY").fetchall()
-        connection.sql.execute("BEGIN EXCLUSIVE")
-        if connection.identify():
-            return True
-        if connection.has_moved():
-            return False
-        if os.name == "nt":  # it can't unlink what is open, here or elsewhere
-            connection.close()
-        os.unlink(connection.file)
-        return True
-    except sqlite3.OperationalError as error:
-        connection.wait_out(error)
-        return False
-
-
-def migrate_process_buckets(path: Path | None = None) -> list[str]:
-    """Move other tables with just the columns `key` and `value` into scopes of their names; returns these.
-    Variables that are there stay; NULL becomes "", a BLOB or number its text; the last of equal keys wins."""
-    if not _ExistingStore(path)._exists():
-        return []
-    store = SQLiteDataStore(path)
-    return store._write(_move_legacy_tables) if store._read(_legacy_tables) else []
-
-
-def _plain_tables(sql: SQL, which: str = "true") -> list[str]:
-    """The tables that are neither virtual nor SQLite's own, nor of a name that is no UTF-8."""
-    sql.text_factory = _str
-    rows = sql.execute(f"""
-        SELECT CAST(name AS TEXT) FROM sqlite_master AS found
-        WHERE type = 'table' AND sql LIKE 'CREATE TABLE %' AND {which}""")
-    return [name for name, in rows if _folded(name)[:7] != "sqlite_" and isinstance(_text("name", name), str)]
-
-
-def _legacy_tables(sql: SQL) -> list[str]:
-    names = _plain_tables(sql, """(SELECT count(*) = 2 AND sum(hidden = 0 AND name IN ('key', 'value')) = 2
-        FROM pragma_table_xinfo(found.name))""")
-    return _ordered(name for name in names if name and _folded(name) not in _TABLES)
-
-
-def _move_legacy_tables(sql: SQL) -> list[str]:
-    moved = _legacy_tables(sql)
-    for bucket in moved:
-        sql.execute(_ADD_BUCKET, {"bucket": bucket})
-        # in the table's own order, from its end, since _ADD_VAR lets stay what is there
-        rows = sql.execute(f"SELECT key, value FROM {_quoted(bucket)} NOT INDEXED").fetchall()
-        for key, value in reversed(rows):
-            cells = {"bucket": bucket, "key": _legacy_text(key), "value": _legacy_text(value)}
-            sql.execute(_ADD_VAR, cells)
-        sql.execute(f"DROP TABLE {_quoted(bucket)}")
-    return moved
-
-
-def _legacy_text(value: object) -> Cell:
-    return _text("value", _str(value) if isinstance(value, bytes) else "" if value is None else str(value))
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-# ---- runs --------------------------------------------------------------------------------------------------
-
-_GONE = "process exited unexpectedly"
+    def from_dict(cls, data: dict[str, object]) -> BackgroundRun:
+        """The run of such an object; rules and errors as of ExecutionRecord.from_dict."""
+        return cls(**_from_json(cls, data, pid=0, ref="", status=""))
 
 
 class PruneSummary(NamedTuple):
-    """How many records and background runs prune() has deleted."""
+    """How many records prune() has deleted: history, of executions; background, of
+    background runs."""
+
     history: int = 0
     background: int = 0
 
 
-class Execution:
-    """What execution() yields: `id`, `ref`, `bucket` (its scope), and `env`, by which a child finds both. On
-    exit the scope goes, and the running record becomes completed, or failed: by an exception, or by the
-    `exit_code` or `error` that the body may set, as `log_archive_id`."""
-    def __init__(self, store: SQLiteDataStore, ref: str, id: str | None, fields: dict[str, Any]) -> None:
-        if id is None:
-            import uuid
-
-            id = str(uuid.uuid4())
-        _name("id", id)
-        if id == ROOT_BUCKET or len(_utf8(id)) > 255 or not set("\0:/ ").isdisjoint(id):
-            raise ValueError("id must be up to 255 bytes without NUL, colon, slash and space, and not root")
-        try:
-            working_dir = os.getcwd()
-        except OSError:  # it has been removed
-            working_dir = ""
-        self._record = ExecutionRecord(ref, _now(), id=id, **{
-            "source": run_env_value(RUN_SOURCE_ENV) or RUN_SOURCE_CLI,
-            "client_name": run_env_value(RUN_CLIENT_ENV), "session_id": run_env_value(RUN_SESSION_ENV),
-            "working_dir": working_dir, **fields})
-        self._store = store
-        self.id = self.bucket = id
-        self.ref = ref
-        self.env = {**os.environ, BUCKET_ENV: id, "FLOWSTORE_PATH": store.path}
-        self.exit_code, self.error = 0, ""
-        self.log_archive_id = self._record.log_archive_id
-
-    def __enter__(self) -> Self:
-        self._began, pid = time.monotonic_ns(), os.getpid()
-        self._record = self._record._replace(started_at=_now(), status=RunStatus.RUNNING, pid=pid)
-        row = _history_row(self._record, _process_note(pid))
-        self._store._execute(_RECORD, _ADD_BUCKET, cells=row, bucket=self.bucket)
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
-            self.exit_code = max(-(2**63), min(int(error.code or 0), 2**63 - 1))
-        elif error is not None:
-            self.exit_code = self.exit_code or (130 if isinstance(error, KeyboardInterrupt) else 1)
-            self.error = self.error or f"{type(error).__name__}: {error}".removesuffix(": ")
-        row = _history_row(self._record._replace(
-            status=RunStatus.FAILED if self.exit_code or self.error else RunStatus.COMPLETED,
-            exit_code=self.exit_code, error=_str(self.error.encode("utf-8", "backslashreplace")),
-            log_archive_id=self.log_archive_id, completed_at=_now(),
-            duration=timedelta(microseconds=(time.monotonic_ns() - self._began) // 1000)))
-        try:
-            self._store._execute(_RECORD, _DELETE_VARS, _DELETE_BUCKET, cells=row, bucket=self.bucket)
-        except StoreError as failure:
-            if error is None:
-                raise
-            error.add_note(f"and the end of the run was not recorded: {failure}")
-
-
-def _line(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as stream:
-            return stream.readline().strip()
-    except OSError:
-        return ""
-
-
-def _start_of(pid: int) -> str:
-    """When a process began, in ticks since the boot; "": it has ended; "-": unknown."""
-    fields = _line(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name before it may hold anything
-    return "-" if len(fields) < 20 else "" if fields[0] in "ZX" else fields[19]
-
-
-def _process_note(pid: int) -> str:
-    """Where a process lives: machine, boot, pid namespace and start; "" where the platform can't tell."""
-    boot = _line("/proc/sys/kernel/random/boot_id")
-    try:
-        machine = _line("/etc/machine-id") or os.uname().nodename
-        return f"{machine} {boot} {os.readlink('/proc/self/ns/pid')} {_start_of(pid)}" if boot else ""
-    except (OSError, AttributeError):
-        return ""
-
-
-def _is_gone(pid: object, start: object, note: object) -> bool:
-    [pid], [started_at] = _only(int, [pid]), _only(datetime, _times([_str(start)]))
-    noted, here = _str(note).split(" "), _process_note(pid).split(" ")
-    known = len(noted) == 4
-    if known and noted[1:2] != here[1:2]:  # another boot, of this machine or of another
-        return noted[0] == here[0]
-    if (known and noted[2] != here[2]) or pid <= 0 or os.name == "nt":  # there os.kill() would end it
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except OSError:
-        pass  # another user's
-    ticks = _start_of(pid)
-    if ticks in ("", "-"):
-        return not ticks
-    if known:
-        return noted[3] not in (ticks, "-")
-    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    return booted + int(ticks) / os.sysconf("SC_CLK_TCK") > started_at.timestamp() + 2  # s: clocks are set
-
-
-def _mark_gone(sql: SQL, gone: Iterable[Row]) -> int:
-    count = 0
-    for table, ref, id, pid, start, _ in gone:
-        cells = {"ref": ref, "bucket": id, "pid": pid, "start": start, "now": _instant("now", _now())}
-        changed = sql.execute(f"""
-            UPDATE {table} SET status = 'failed', error = '{_GONE}', completed_at = :now
-            WHERE status = 'running' AND ref = :ref AND id = :bucket AND pid = :pid AND started_at = :start
-            """, cells).rowcount
-        count += changed
-        if changed and id not in ("", ROOT_BUCKET) and not sql.execute(
-                "SELECT 1 FROM history WHERE status = 'running' AND id = :bucket", cells).fetchone():
-            sql.execute(_DELETE_VARS, cells)
-            sql.execute(_DELETE_BUCKET, cells)
-    return count
-
-
-# ---- files of the original: bbolt --------------------------------------------------------------------------
-
 class ImportSummary(NamedTuple):
-    """What was added, legacy scopes met, and bucket, key and reason of what couldn't be read."""
+    """What an import added.
+
+    cache, history, background, process_vars, process_buckets: how many of each; what was
+    there already isn't counted.
+    recovered_runs: background runs that the original had moved among the variables.
+    legacy_scopes: scopes that lay at the top of a file of the original.
+    problems: bucket, key and reason of each entry that could not be brought over.
+    """
+
     cache: int = 0
     history: int = 0
     background: int = 0
@@ -1663,562 +296,4277 @@ class ImportSummary(NamedTuple):
     problems: tuple[tuple[str, str, str], ...] = ()
 
 
-def import_bolt(source: Path, path: Path | None = None) -> ImportSummary:
-    """Add what a file of the original has in one transaction. What the store has wins, so a second
-    import changes nothing. The source is only read, under a shared lock."""
-    import mmap
+# How a field's value is written and read; the fields that aren't named here are texts.
+_TIMES = ("started_at", "completed_at")
+_INTEGERS = ("exit_code", "pid")
 
-    source = os.path.abspath(os.fsdecode(source))
-    store = _ExistingStore(path)  # made by the write: not for a bad source
+
+def _text(what: str, value: object) -> str:
+    """A text as the store has it: a plain str that UTF-8 can encode, without NUL."""
+    if not isinstance(value, str):
+        raise TypeError(f"{what} must be a str, not {type(value).__name__}")
+    text = str.__str__(value)  # of a subclass, the plain value
+    if "\0" in text:
+        raise ValueError(f"{what} must not have a NUL character")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{what} must not have a lone surrogate") from None
+    return text
+
+
+def _noted(text: str) -> str:
+    """A text that the module itself notes, with what _text() refuses shown by escapes."""
     try:
-        if os.path.realpath(source) in [connection.file for connection in _process.open_connections()]:
-            # opening it here would drop its locks
-            raise ValueError("a store that this process has open")
-        if not stat.S_ISREG(os.stat(source).st_mode):  # to open a pipe would wait
-            raise ValueError("no regular file")
-        with open(source, "rb") as stream, open(source, "rb") as lock:  # the map keeps what is under stream
-            _share_lock(lock, source, time.monotonic() + store._timeout)  # who cut it would kill us: SIGBUS
-            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        data = text.encode("utf-8", "backslashreplace")
+    return data.decode("utf-8", "backslashreplace").replace("\0", "\\x00")
+
+
+def _integer(what: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{what} must be an int, not {type(value).__name__}")
+    number = int.__int__(value)
+    if not -_MAX_INTEGER - 1 <= number <= _MAX_INTEGER:
+        raise ValueError(f"{what} must fit into 64 bits")
+    return number
+
+
+def _nanoseconds(what: str, value: object) -> int:
+    if not isinstance(value, timedelta):
+        raise TypeError(f"{what} must be a timedelta, not {type(value).__name__}")
+    # of timedelta itself: subclasses have other ideas of days and seconds
+    microseconds = timedelta.__floordiv__(value, timedelta(microseconds=1))
+    return _integer(f"{what} in nanoseconds", microseconds * 1000)
+
+
+def _instant(what: str, value: object) -> str:
+    """A time as the store has it: UTC text of fixed width, which sorts as time."""
+    if not isinstance(value, datetime):
+        raise TypeError(f"{what} must be a datetime, not {type(value).__name__}")
+    plain = datetime.fromisoformat(datetime.isoformat(value))  # of a subclass too
+    if plain.tzinfo is None:
+        raise ValueError(f"{what} must be an aware datetime: this one has no time zone")
+    try:
+        utc = plain.astimezone(timezone.utc)
+    except OverflowError:
+        raise ValueError(f"{what} must lie in the years 1 to 9999 in UTC") from None
+    return datetime.isoformat(utc, "T", "microseconds")[:26] + "Z"
+
+
+def _bytes(what: str, value: object) -> bytes:
+    if type(value) is bytes:
+        return value
+    try:
+        return memoryview(value).tobytes()  # type: ignore[arg-type]
+    except TypeError:
+        kind = type(value).__name__
+        raise TypeError(f"{what} must be bytes-like, not {kind}") from None
+
+
+def _only_text(row: Row) -> str:
+    return _cell(row[0], str)
+
+
+def _only_bytes(row: Row) -> bytes:
+    return _cell(row[0], bytes)
+
+
+def _entry(row: Row) -> tuple[str, bytes]:
+    return _cell(row[0], str), _cell(row[1], bytes)
+
+
+def _variable(row: Row) -> tuple[str, str]:
+    return _cell(row[1], str), _cell(row[2], str)
+
+
+def _cell(value: Any, kind: type[T]) -> T:
+    """A cell that is of its column's type: in SQLite a column may hold any."""
+    if type(value) is not kind:
+        raise TypeError(f"a {type(value).__name__} where a {kind.__name__} belongs")
+    return value
+
+
+def _values(record: ExecutionRecord | BackgroundRun) -> Values:
+    """A record's fields as a row has them: the one way in."""
+    values: Values = {}
+    for field, value in zip(record._fields, record):
+        if field in _TIMES:
+            unknown = value is None and field == "completed_at"
+            values[field] = None if unknown else _instant(field, value)
+        elif field == "duration":
+            values[field] = _nanoseconds(field, value)
+        else:
+            values[field] = (_integer if field in _INTEGERS else _text)(field, value)
+    return values
+
+
+# Fast enough to read all history: the cells that are no texts have their places.
+def _execution(row: Row) -> ExecutionRecord:
+    """An execution's record of its row: the one way out. TypeError, ValueError: damaged."""
+    if bytes in map(type, row):
+        raise TypeError("bytes where a text belongs")
+    cells = list(row)
+    cells[1] = datetime.fromisoformat(cells[1])
+    cells[2] = timedelta(microseconds=cells[2] // 1000)
+    if cells[7] is not None:
+        cells[7] = datetime.fromisoformat(cells[7])
+    return ExecutionRecord._make(cells)
+
+
+def _background(row: Row) -> BackgroundRun:
+    """A background run of its row, as _execution()."""
+    if bytes in map(type, row):
+        raise TypeError("bytes where a text belongs")
+    cells = list(row)
+    cells[3] = datetime.fromisoformat(cells[3])
+    if cells[7] is not None:
+        cells[7] = datetime.fromisoformat(cells[7])
+    return BackgroundRun._make(cells)
+
+
+def _tag(field: str) -> str:
+    """The original's JSON tag of a field: logArchiveId of log_archive_id."""
+    first, *others = field.split("_")
+    return first + "".join(other.capitalize() for other in others)
+
+
+def _to_json(
+    record: ExecutionRecord | BackgroundRun, always: Iterable[str]
+) -> dict[str, object]:
+    document: dict[str, object] = {}
+    for field, value in _values(record).items():
+        if field in _TIMES and value is not None:
+            value = value[:-1].rstrip("0").rstrip(".") + "Z"
+        if value or field in always:
+            document[_tag(field)] = value
+    return document
+
+
+def _from_json(
+    cls: type[ExecutionRecord] | type[BackgroundRun],
+    data: dict[str, object],
+    **zero: object,
+) -> Values:
+    """The fields of a JSON object; `zero` has those that may be missing beyond the defaults."""
+    if not isinstance(data, dict):
+        raise TypeError(f"data must be a dict, not {type(data).__name__}")
+    fields: Values = zero
+    for field in cls._fields:
+        tag = _tag(field)
+        value = data.get(tag)
+        if value is None:
+            if field not in fields and field not in cls._field_defaults:
+                raise ValueError(f"{tag} is missing")
+        elif field in _TIMES:
+            fields[field] = _instant_of_json(tag, value)
+        elif field == "duration":
+            nanoseconds = _integer(tag, value)
+            size = timedelta(microseconds=abs(nanoseconds) // 1000)  # cut towards zero
+            fields[field] = size if nanoseconds >= 0 else -size
+        else:
+            fields[field] = (_integer if field in _INTEGERS else _text)(tag, value)
+    return fields
+
+
+def _instant_of_json(what: str, value: object) -> datetime:
+    """A time of RFC 3339, of which what is finer than a microsecond is cut."""
+    try:
+        moment = datetime.fromisoformat(_text(what, value))
+    except ValueError:
+        raise ValueError(
+            f"{what} must be a time in RFC 3339: {value!r} is none"
+        ) from None
+    return datetime.fromisoformat(_instant(what, moment))
+
+
+# ---- where things are ----
+
+
+def default_path() -> str:
+    """Where the default store is: an absolute path, or the URL that $FLOWSTORE_PATH has.
+
+    $FLOWSTORE_PATH, else flowstore.db in $FLOW_CACHE_DIR, else in the folder flow of the
+    user's cache folder. StoreError where there is no such folder.
+    """
+    chosen = os.environ.get(_PATH_ENV)
+    if chosen:
+        return chosen if _is_url(chosen) else _absolute(chosen)
+    folder = os.environ.get("FLOW_CACHE_DIR")
+    if folder:
+        return _absolute(os.path.join(folder, "flowstore.db"))
+    folder = _cache_folder()
+    if not os.path.isabs(folder):
+        raise StoreError(
+            f"no store: this user has no home folder; name a store by {_PATH_ENV}", folder
+        )
+    return os.path.join(folder, "flow", "flowstore.db")
+
+
+def _cache_folder() -> str:
+    """The user's folder for caches, as the system has it."""
+    if sys.platform == "darwin":
+        return os.path.expanduser("~/Library/Caches")
+    variable = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
+    folder = os.environ.get(variable, "")
+    # the XDG Base Directory Specification: a relative path is to be ignored
+    return folder if os.path.isabs(folder) else os.path.expanduser("~/.cache")
+
+
+def _absolute(path: str) -> str:
+    try:
+        return os.path.abspath(path)
+    except OSError as error:  # the current folder has been removed
+        if not _is_own(error):
+            raise
+        reason = f"{error.strerror}: the current folder is gone; name an absolute path"
+        raise _error(StoreError, path, reason) from error
+
+
+def _is_url(where: str) -> bool:
+    return where.startswith(("postgresql://", "postgres://"))
+
+
+def environment_bucket() -> str:
+    """The current scope: $FLOW_PROCESS_BUCKET with `_` for each `:`, `/` and space, or root
+    where that is unset or empty."""
+    return _bucket_name(os.environ.get(BUCKET_ENV) or ROOT_BUCKET)
+
+
+def _bucket_name(name: str) -> str:
+    return name.replace(":", "_").replace("/", "_").replace(" ", "_")
+
+
+def run_env_value(name: str) -> str:
+    """A variable of the environment, "" where unset. Where its value is exactly `${OTHER}`,
+    the value of OTHER; `${}` names nothing, and is returned as it is."""
+    value = os.environ.get(name, "")
+    other = value[2:-1]
+    if other and value == f"${{{other}}}":
+        return os.environ.get(other, "")
+    return value
+
+
+# ---- the interface ----
+
+
+class DataStore(ABC):
+    """What every store does: the operations of the original, and transaction().
+
+    Names (key, ref, bucket, id) and texts are str that UTF-8 can encode, without NUL, names
+    not empty: else TypeError or ValueError, before anything is touched. Lists of names come
+    in the order of their code points. What the world does wrong is a StoreError.
+    """
+
+    @abstractmethod
+    def set_cache_entry(self, key: str, value: bytes | bytearray | memoryview) -> None:
+        """Keep bytes under a key, in place of what was there. They never expire."""
+
+    @abstractmethod
+    def get_cache_entry(self, key: str) -> bytes | None:
+        """The bytes of a key, or None."""
+
+    @abstractmethod
+    def get_cache_entries(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """The bytes of any number of keys at one moment, without those that are missing."""
+
+    @abstractmethod
+    def delete_cache_entry(self, key: str) -> None:
+        """Delete a key; a missing one is no error."""
+
+    @abstractmethod
+    def record_execution(self, record: ExecutionRecord) -> None:
+        """Append a record; one with an id replaces that of the same ref and id, in its place."""
+
+    @abstractmethod
+    def get_execution_history(self, ref: str, limit: int = 0) -> list[ExecutionRecord]:
+        """The newest `limit` records of a ref by started_at, oldest of them first; all where
+        limit <= 0. Equal instants keep the order of insertion. An unknown ref has none. The
+        cost is that of the records returned, however long the history is."""
+
+    @abstractmethod
+    def get_execution_histories(
+        self, refs: Iterable[str], limit: int = 0
+    ) -> dict[str, list[ExecutionRecord]]:
+        """The same at one moment for each of these refs that has records, in their order."""
+
+    @abstractmethod
+    def get_all_execution_history(
+        self, limit_per_ref: int = 0
+    ) -> dict[str, list[ExecutionRecord]]:
+        """The same for every ref, in the order of the refs."""
+
+    @abstractmethod
+    def list_execution_refs(self) -> list[str]:
+        """The refs that have records, in order."""
+
+    @abstractmethod
+    def delete_execution_history(self, ref: str) -> None:
+        """Delete all records of a ref; an unknown one is no error."""
+
+    @abstractmethod
+    def save_background_run(self, run: BackgroundRun) -> None:
+        """Keep a run, in place of an earlier one with its id."""
+
+    @abstractmethod
+    def get_background_run(self, id: str) -> BackgroundRun:
+        """The run with this id, or NotFoundError."""
+
+    @abstractmethod
+    def get_background_runs(self, ids: Iterable[str]) -> dict[str, BackgroundRun]:
+        """The runs of any number of ids at one moment, without those that are missing."""
+
+    @abstractmethod
+    def list_background_runs(self) -> list[BackgroundRun]:
+        """All runs, in the order of their ids."""
+
+    @abstractmethod
+    def delete_background_run(self, id: str) -> None:
+        """Delete a run; a missing one is no error."""
+
+    @abstractmethod
+    def create_process_bucket(self, bucket: str) -> None:
+        """Make an empty scope; one that is there stays as it is."""
+
+    @abstractmethod
+    def delete_process_bucket(self, bucket: str) -> None:
+        """Delete a scope with its variables; a missing one is no error."""
+
+    @abstractmethod
+    def set_process_var(self, bucket: str, key: str, value: str) -> None:
+        """Set a variable of a scope; "" is a value."""
+
+    @abstractmethod
+    def get_process_var(self, bucket: str, key: str) -> str:
+        """A variable's value in the scope, else in root, else NotFoundError."""
+
+    @abstractmethod
+    def get_all_process_vars(self, bucket: str) -> dict[str, str]:
+        """The variables of the scope and of root, in order of their keys; the scope wins."""
+
+    @abstractmethod
+    def get_process_var_keys(self, bucket: str) -> list[str]:
+        """The scope's keys in order, then in order those that only root has."""
+
+    @abstractmethod
+    def delete_process_var(self, bucket: str, key: str) -> None:
+        """Delete a variable of this scope alone; a missing one is no error."""
+
+    @abstractmethod
+    def transaction(self) -> AbstractContextManager[DataStore]:
+        """A context manager that yields a store whose operations take effect together at its
+        end or, on any exception, not at all. RuntimeError for one inside another, and for
+        its use after its end, from another thread or in a forked child."""
+
+    def close(self) -> None:  # noqa: B027 - no store has to do anything
+        """Nothing is held that it would close; the store stays usable."""
+
+
+# ---- schema and SQL ----
+
+_APPLICATION_ID = 0x464C5753  # "FLWS"
+_VERSION = 2
+_PAGE = 100  # rows of a whole table in memory at once: values may be large
+_BATCH = 500  # names in one statement, rows in one step: SQLite before 3.32 takes 999
+
+# Each table and index as SQLite has it; PostgreSQL's types stand in for these words there.
+# history.seq is the order of insertion, owner what _owner_note() says of a running record's
+# process, scope the bucket that execution() made for it.
+_TABLES = {
+    "cache": """
+        CREATE TABLE cache (key TEXT PRIMARY KEY NOT NULL, value BLOB NOT NULL)""",
+    "history": """
+        CREATE TABLE history (
+            seq INTEGER PRIMARY KEY, ref TEXT NOT NULL, started_at TEXT NOT NULL,
+            duration INTEGER NOT NULL, exit_code INTEGER NOT NULL, error TEXT NOT NULL,
+            log_archive_id TEXT NOT NULL, id TEXT NOT NULL, completed_at TEXT,
+            status TEXT NOT NULL, pid INTEGER NOT NULL, command TEXT NOT NULL,
+            spec TEXT NOT NULL, label TEXT NOT NULL, source TEXT NOT NULL,
+            client_name TEXT NOT NULL, session_id TEXT NOT NULL, working_dir TEXT NOT NULL,
+            owner TEXT NOT NULL, scope TEXT NOT NULL)""",
+    "background": """
+        CREATE TABLE background (
+            id TEXT PRIMARY KEY NOT NULL, pid INTEGER NOT NULL, ref TEXT NOT NULL,
+            started_at TEXT NOT NULL, status TEXT NOT NULL, log_archive_id TEXT NOT NULL,
+            error TEXT NOT NULL, completed_at TEXT, owner TEXT NOT NULL)""",
+    "process_vars": """
+        CREATE TABLE process_vars (
+            bucket TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL,
+            PRIMARY KEY (bucket, key))""",
+    "process_buckets": """
+        CREATE TABLE process_buckets (bucket TEXT PRIMARY KEY NOT NULL)""",
+}
+_INDEXES = (
+    "CREATE UNIQUE INDEX history_by_id ON history (ref, id) WHERE id <> ''",
+    "CREATE INDEX history_by_ref ON history (ref, started_at, seq)",
+    "CREATE INDEX history_by_time ON history (started_at, seq)",
+    "CREATE INDEX history_running ON history (seq) WHERE status = 'running'",
+    "CREATE INDEX background_running ON background (id) WHERE status = 'running'",
+)
+
+_SET_CACHE = """
+    INSERT INTO cache (key, value) VALUES (:key, :value)
+    ON CONFLICT (key) DO UPDATE SET value = excluded.value"""
+_ADD_CACHE = """
+    INSERT INTO cache (key, value) VALUES (:key, :value) ON CONFLICT (key) DO NOTHING"""
+_GET_CACHE = "SELECT value FROM cache WHERE key = :key"
+_GET_CACHES = "SELECT key, value FROM cache WHERE key IN (:names)"
+_DELETE_CACHE = "DELETE FROM cache WHERE key = :key"
+_CACHE_KEYS = "SELECT key FROM cache WHERE key >= :prefix ORDER BY key"
+_CACHE_KEYS_BETWEEN = """
+    SELECT key FROM cache WHERE key >= :prefix AND key < :beyond ORDER BY key"""
+
+_FIELDS = ", ".join(ExecutionRecord._fields)
+_NEW_FIELDS = ", ".join(
+    f"{field} = excluded.{field}" for field in ExecutionRecord._fields
+)
+_INSERT_RECORD = f"""
+    INSERT INTO history ({_FIELDS}, owner, scope)
+    VALUES (:{_FIELDS.replace(", ", ", :")}, :owner, '')
+    ON CONFLICT (ref, id) WHERE id <> ''"""
+_RECORD = f"{_INSERT_RECORD} DO UPDATE SET {_NEW_FIELDS}, owner = excluded.owner"
+# A record without an id is the same as another where all that they say agrees. The n-th such
+# one is added where fewer than n are there.
+_SAME = " AND ".join(
+    f"COALESCE(twin.{field}, '') = COALESCE({{0}}{field}, '')"
+    if field == "completed_at"
+    else f"twin.{field} = {{0}}{field}"
+    for field in ExecutionRecord._fields
+)
+_ADD_RECORD = f"""
+    INSERT INTO history ({_FIELDS}, owner, scope)
+    SELECT :{_FIELDS.replace(", ", ", :")}, :owner, :scope
+    WHERE :id <> '' OR :occurrence > (
+        SELECT count(*) FROM history AS twin WHERE {_SAME.format(":")})
+    ON CONFLICT (ref, id) WHERE id <> '' DO NOTHING"""
+_SET_SCOPE = "UPDATE history SET scope = :scope WHERE ref = :ref AND id = :id"
+_HISTORY = f"""
+    SELECT {_FIELDS} FROM history WHERE ref = :ref
+    ORDER BY started_at DESC, seq DESC LIMIT :limit"""
+_WHOLE_HISTORY = f"SELECT {_FIELDS} FROM history ORDER BY ref, started_at, seq"
+_WHOLE_HISTORIES = f"""
+    SELECT {_FIELDS} FROM history WHERE ref IN (:names) ORDER BY ref, started_at, seq"""
+# From ref to ref through the index instead of from record to record.
+_EACH_REF = """
+    RECURSIVE each_ref (ref) AS (
+        SELECT (SELECT ref FROM history ORDER BY ref LIMIT 1)
+        UNION ALL
+        SELECT (SELECT ref FROM history WHERE ref > each_ref.ref ORDER BY ref LIMIT 1)
+        FROM each_ref WHERE each_ref.ref IS NOT NULL)"""
+_REFS = f"WITH {_EACH_REF} SELECT ref FROM each_ref WHERE ref IS NOT NULL ORDER BY ref"
+# From the start of the oldest record that is wanted of each ref; equal instants there give
+# more than were asked for.
+_NEWEST_OF_EACH = f"""
+    since (ref, start) AS (
+        SELECT ref, COALESCE((
+            SELECT started_at FROM history WHERE history.ref = each_ref.ref
+            ORDER BY started_at DESC LIMIT 1 OFFSET :skip), '')
+        FROM each_ref WHERE ref IS NOT NULL)
+    SELECT history.{_FIELDS.replace(", ", ", history.")} FROM since CROSS JOIN history
+    WHERE history.ref = since.ref AND history.started_at >= since.start
+    ORDER BY history.ref, history.started_at, history.seq"""
+_NEWEST_OF_ALL = f"WITH {_EACH_REF}, {_NEWEST_OF_EACH}"
+_NEWEST_OF_THESE = f"WITH each_ref (ref) AS (VALUES (:names)), {_NEWEST_OF_EACH}"
+_RECENT_ENDING = """
+    started_at >= :since AND (CAST(:status AS TEXT) IS NULL OR :status = CASE
+        WHEN status <> '' THEN status WHEN exit_code = 0 THEN 'completed' ELSE 'failed' END)
+    ORDER BY started_at DESC, seq DESC LIMIT :limit"""
+_RECENT = f"SELECT {_FIELDS} FROM history WHERE {_RECENT_ENDING}"
+_RECENT_OF_REF = f"SELECT {_FIELDS} FROM history WHERE ref = :ref AND {_RECENT_ENDING}"
+# Of all refs: the second column of an index is read through, without the records.
+_RECORD_BY_ID = f"""
+    SELECT {_FIELDS} FROM history
+    WHERE seq IN (SELECT seq FROM history WHERE id = :id AND id <> '')
+    ORDER BY started_at DESC, seq DESC LIMIT 1"""
+_DELETE_HISTORY = "DELETE FROM history WHERE ref = :ref"
+
+_RUN_FIELDS = ", ".join(BackgroundRun._fields)
+_INSERT_RUN = f"""
+    INSERT INTO background ({_RUN_FIELDS}, owner)
+    VALUES (:{_RUN_FIELDS.replace(", ", ", :")}, :owner) ON CONFLICT (id)"""
+_SAVE_RUN = f"""{_INSERT_RUN}
+    DO UPDATE SET {", ".join(f"{field} = excluded.{field}" for field in BackgroundRun._fields)},
+        owner = excluded.owner"""
+_ADD_RUN = f"{_INSERT_RUN} DO NOTHING"
+_GET_RUN = f"SELECT {_RUN_FIELDS} FROM background WHERE id = :id"
+_GET_RUNS = f"SELECT {_RUN_FIELDS} FROM background WHERE id IN (:names)"
+_ALL_RUNS = f"SELECT {_RUN_FIELDS} FROM background ORDER BY id"
+_DELETE_RUN = "DELETE FROM background WHERE id = :id"
+
+_ADD_BUCKET = """
+    INSERT INTO process_buckets (bucket) VALUES (:bucket) ON CONFLICT (bucket) DO NOTHING"""
+_BUCKETS = """
+    SELECT bucket FROM process_buckets UNION SELECT bucket FROM process_vars ORDER BY bucket"""
+_DELETE_BUCKET = "DELETE FROM process_buckets WHERE bucket = :bucket"
+_INSERT_VAR = """
+    INSERT INTO process_vars (bucket, key, value) VALUES (:bucket, :key, :value)
+    ON CONFLICT (bucket, key)"""
+_SET_VAR = f"{_INSERT_VAR} DO UPDATE SET value = excluded.value"
+_ADD_VAR = f"{_INSERT_VAR} DO NOTHING"
+_GET_VAR = """
+    SELECT COALESCE(
+        (SELECT value FROM process_vars WHERE bucket = :bucket AND key = :key),
+        (SELECT value FROM process_vars WHERE bucket = 'root' AND key = :key))"""
+_VARS = """
+    SELECT 0 AS inherited, key, value FROM process_vars WHERE bucket = :bucket
+    UNION ALL
+    SELECT 1 AS inherited, key, value FROM process_vars
+    WHERE bucket = 'root' AND key NOT IN (
+        SELECT key FROM process_vars WHERE bucket = :bucket)
+    ORDER BY inherited, key"""
+_DELETE_VAR = "DELETE FROM process_vars WHERE bucket = :bucket AND key = :key"
+_DELETE_VARS = "DELETE FROM process_vars WHERE bucket = :bucket"
+
+_RUNNING = """
+    SELECT seq, pid, owner, scope FROM history WHERE status = 'running' ORDER BY seq"""
+_RUNNING_IN_BACKGROUND = """
+    SELECT id, pid, owner, '' FROM background WHERE status = 'running' ORDER BY id"""
+_FAIL = """
+    UPDATE history SET status = 'failed', completed_at = :now, scope = '',
+        exit_code = CASE WHEN exit_code = 0 THEN 1 ELSE exit_code END,
+        error = CASE WHEN error = '' THEN :error ELSE error END
+    WHERE seq = :id AND status = 'running' AND pid = :pid AND owner = :owner"""
+_FAIL_IN_BACKGROUND = """
+    UPDATE background SET status = 'failed', completed_at = :now,
+        error = CASE WHEN error = '' THEN :error ELSE error END
+    WHERE id = :id AND status = 'running' AND pid = :pid AND owner = :owner"""
+
+_ENDED = """
+    SELECT seq FROM (
+        SELECT seq, started_at, ROW_NUMBER() OVER (
+            PARTITION BY ref ORDER BY started_at DESC, seq DESC) AS age
+        FROM history WHERE status <> 'running') AS ended
+    WHERE age > :keep OR started_at < :before"""
+_ENDED_IN_BACKGROUND = """
+    SELECT id FROM (
+        SELECT id, started_at, ROW_NUMBER() OVER (
+            PARTITION BY ref ORDER BY started_at DESC, id DESC) AS age
+        FROM background WHERE status <> 'running') AS ended
+    WHERE age > :keep OR started_at < :before"""
+_PRUNE = "DELETE FROM history WHERE seq IN (:names) AND status <> 'running'"
+_PRUNE_BACKGROUND = "DELETE FROM background WHERE id IN (:names) AND status <> 'running'"
+
+# Whole tables in pages: of what kind, what reads a page behind the last row of the one
+# before, what adds a row of it elsewhere, and its columns.
+_OCCURRENCE = f"""
+    CASE WHEN id = '' THEN (
+        SELECT count(*) FROM history AS twin
+        WHERE twin.seq <= history.seq AND {_SAME.format("history.")}) ELSE 1 END"""
+_COPIED = (
+    (
+        "cache",
+        "SELECT key, value FROM cache WHERE key > :key ORDER BY key LIMIT :limit",
+        _ADD_CACHE,
+        ("key", "value"),
+    ),
+    (
+        "history",
+        f"""SELECT seq, owner, scope, {_OCCURRENCE}, {_FIELDS} FROM history
+            WHERE seq > :seq ORDER BY seq LIMIT :limit""",
+        _ADD_RECORD,
+        ("seq", "owner", "scope", "occurrence", *ExecutionRecord._fields),
+    ),
+    (
+        "background",
+        f"""SELECT owner, {_RUN_FIELDS} FROM background
+            WHERE id > :id ORDER BY id LIMIT :limit""",
+        _ADD_RUN,
+        ("owner", *BackgroundRun._fields),
+    ),
+    (
+        "process_buckets",
+        """SELECT bucket FROM process_buckets
+            WHERE bucket > :bucket ORDER BY bucket LIMIT :limit""",
+        _ADD_BUCKET,
+        ("bucket",),
+    ),
+    (
+        "process_vars",
+        """SELECT bucket, key, value FROM process_vars
+            WHERE bucket > :bucket OR (bucket = :bucket AND key > :key)
+            ORDER BY bucket, key LIMIT :limit""",
+        _ADD_VAR,
+        ("bucket", "key", "value"),
+    ),
+)
+
+# Of SQLite files alone: tables that are plain ones, and those of the flat layout.
+_PLAIN_TABLES = """
+    SELECT name FROM sqlite_master AS found
+    WHERE type = 'table' AND sql LIKE 'CREATE TABLE %' AND name NOT LIKE 'sqlite!_%' ESCAPE '!'"""
+_LEGACY_TABLES = f"""
+    {_PLAIN_TABLES} AND name <> '' AND lower(name) NOT IN ({", ".join(map(repr, _TABLES))})
+        AND (SELECT count(*) = 2 AND sum(hidden = 0 AND name IN ('key', 'value')) = 2
+            FROM pragma_table_xinfo(found.name))
+    ORDER BY name"""
+
+
+def _listed(names: Sequence[object], separator: str = ", ") -> tuple[str, Values]:
+    """What stands for `:names` in a statement, and the values of its parameters."""
+    values = {f"n{number}": name for number, name in enumerate(names)}
+    return separator.join(f":{parameter}" for parameter in values), values
+
+
+# ---- runs ----
+
+_GONE = "process exited unexpectedly"
+
+
+class Execution:
+    """What execution() yields: a run that is being recorded.
+
+    `id`, `ref`, `bucket` (the run's scope) and `env` (a whole environment for a child, which
+    finds the same store and scope by it) are to be read. The body may set `exit_code` (an
+    int; 128 + n or -n for signal n), `error` and `log_archive_id` (each a str): TypeError or
+    ValueError for another value, AttributeError for another name.
+    """
+
+    __slots__ = ("_background", "_began", "_record", "_scope", "_store", "bucket", "env")
+
+    def __init__(
+        self,
+        store: SQLiteDataStore | PostgresDataStore,
+        record: ExecutionRecord,
+        bucket: str | None,
+    ) -> None:
+        self._store = store
+        self._record = record
+        self._scope = record.id if bucket is None else ""  # a bucket that goes at the end
+        self._background = False  # whether it is recorded as a background run too
+        self._began = time.monotonic()
+        self.bucket = bucket or record.id
+        self.env = {**os.environ, BUCKET_ENV: self.bucket, _PATH_ENV: store._address()}
+
+    @property
+    def id(self) -> str:
+        return self._record.id
+
+    @property
+    def ref(self) -> str:
+        return self._record.ref
+
+    @property
+    def exit_code(self) -> int:
+        return self._record.exit_code
+
+    @exit_code.setter
+    def exit_code(self, value: int) -> None:
+        self._record = self._record._replace(exit_code=_integer("exit_code", value))
+
+    @property
+    def error(self) -> str:
+        return self._record.error
+
+    @error.setter
+    def error(self, value: str) -> None:
+        self._record = self._record._replace(error=_text("error", value))
+
+    @property
+    def log_archive_id(self) -> str:
+        return self._record.log_archive_id
+
+    @log_archive_id.setter
+    def log_archive_id(self, value: str) -> None:
+        self._record = self._record._replace(
+            log_archive_id=_text("log_archive_id", value)
+        )
+
+    @contextmanager
+    def _recorded(self) -> Iterator[Execution]:
+        self._start()
+        try:
+            yield self
+        except BaseException as error:
+            self._fail(error)
             try:
-                file = _BoltFile(data)
-                counts = store._write(lambda sql: _add_entries(sql, file))
-            finally:
+                self._finish()
+            except StoreError as failure:
+                error.add_note(f"The end of this run was not recorded: {failure}")
+            raise
+        self._finish()
+
+    def _start(self) -> None:
+        """Record that it runs, and make its scope."""
+        scope = [_ADD_BUCKET] if self._scope else []
+        self._save(self._store, scope)
+
+    def _fail(self, error: BaseException) -> None:
+        """Note what an exception says of the outcome."""
+        exit_code, reason = _outcome(error)
+        if isinstance(error, SystemExit) or not self.exit_code:
+            self.exit_code = exit_code
+        self.error = self.error or _noted(reason)
+
+    def _finish(self) -> None:
+        """Record the end, and delete the scope. In a forked child it is the parent's run."""
+        if os.getpid() != self._record.pid:
+            return
+        if self.exit_code < 0:  # as subprocess has it for a signal
+            self.error = self.error or f"killed by {_signal_name(-self.exit_code)}"
+            self.exit_code = min(128 - self.exit_code, _MAX_INTEGER)
+        failed = self.exit_code or self.error
+        self._record = self._record._replace(
+            status=RunStatus.FAILED if failed else RunStatus.COMPLETED,
+            completed_at=_now(),
+            duration=timedelta(seconds=time.monotonic() - self._began),
+        )
+        scope = [_DELETE_VARS, _DELETE_BUCKET] if self._scope else []
+        self._save(self._store._patient(), scope)
+
+    def _save(self, store: _SQLStore, scope: list[str]) -> None:
+        running = self._record.status == RunStatus.RUNNING
+        store._run(
+            _RECORD,
+            _SET_SCOPE,
+            *scope,
+            *([_SAVE_RUN] if self._background else []),
+            **_values(self._record),
+            owner=_owner_note(self._record.pid) if running else "",
+            scope=self._scope if running else "",
+            bucket=self._scope,
+        )
+
+
+def _outcome(error: BaseException) -> tuple[int, str]:
+    """The exit code and the words that an exception stands for."""
+    if isinstance(error, SystemExit):
+        code = error.code
+        if code is None:
+            return 0, ""
+        if not isinstance(code, int):
+            return 1, _described(code)
+        # as the system takes it; what is no C long is -1 to Python's own exit
+        return (code % 256 if -_MAX_INTEGER - 1 <= code <= _MAX_INTEGER else 255), ""
+    reason = f"{type(error).__name__}: {_described(error)}".removesuffix(": ")
+    if isinstance(error, KeyboardInterrupt):
+        return 130, reason
+    subprocess = sys.modules.get("subprocess")
+    if subprocess and isinstance(error, subprocess.CalledProcessError):
+        return error.returncode or 1, reason
+    return 1, reason
+
+
+def _described(value: object) -> str:
+    """An object's own words, even of one that can't say them."""
+    try:
+        return str(value)
+    except Exception:
+        return f"<{type(value).__name__}>"
+
+
+def _signal_name(number: int) -> str:
+    import signal  # only here: its enumerations are slow to make
+
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+# How the system says that it doesn't tell something, or that a process is gone.
+_UNTOLD = (FileNotFoundError, NotADirectoryError, PermissionError, ProcessLookupError)
+
+
+def _first_line(path: str) -> str:
+    """The first line of one of the system's files, "" where there is none."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            return stream.readline().strip()
+    except _UNTOLD:
+        return ""
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except _UNTOLD:
+        return ""
+
+
+def _start_of(pid: int) -> str:
+    """When a process began, in ticks since the boot; "" where it has ended, or a zombie is
+    left of it; "-" where the system doesn't tell.
+
+    /proc may be that of another pid namespace: then only /proc/self is oneself.
+    """
+    process = str(pid)
+    if pid == os.getpid():
+        process = "self"
+    elif _link("/proc/self") != str(os.getpid()):
+        process = "unknown"
+    line = _first_line(f"/proc/{process}/stat")
+    fields = line.rpartition(")")[2].split()  # the name before it may hold anything
+    if len(fields) < 20:  # proc(5): state is field 3, starttime field 22
+        return "-" if _exists(pid) else ""
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def _exists(pid: int) -> bool:
+    """Whether there is a process of this number; True where asking would end it."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def _owner_note(pid: int) -> str:
+    """Whose a running process is: machine, boot, pid namespace and start, "-" for what the
+    system doesn't tell. "" for a process that isn't one of this machine."""
+    start = _start_of(pid) if pid > 0 else ""
+    if not start:
+        return ""
+    host = (
+        os.uname().nodename
+        if hasattr(os, "uname")
+        else os.environ.get("COMPUTERNAME", "")
+    )
+    machine = f"{_first_line('/etc/machine-id')}@{host}"
+    boot = _first_line("/proc/sys/kernel/random/boot_id") or "-"
+    namespace = _link("/proc/self/ns/pid") or "-"
+    return f"{machine.replace(' ', '_')} {boot} {namespace} {start}"
+
+
+def _is_gone(pid: int, owner: str, unnoted: bool) -> bool:
+    """Whether the process of a running record is known to have ended.
+
+    unnoted: whether a record without a note is judged by its number alone.
+    """
+    if pid <= 0:
+        return False
+    if not owner:
+        return unnoted and not _start_of(pid)
+    machine, boot, namespace, start = owner.split(" ")
+    here = _owner_note(os.getpid()).split(" ")
+    if machine != here[0]:
+        return False
+    if boot != here[1]:
+        return True
+    if namespace != here[2]:
+        return False
+    return _start_of(pid) not in (start, "-")
+
+
+# ---- the operations ----
+
+
+class _SQLStore(DataStore):
+    """All operations, once for every engine: each is its statements in a transaction."""
+
+    path: str  # the file, or the server's URL without its password
+    _timeout: float  # seconds that an operation waits for others
+    _name_limit: int  # bytes that a name may have
+    _judges_unnoted: bool  # whether reconcile() judges a record without an owner's note
+
+    @abstractmethod
+    def _connection(self, held: bool = False) -> Connection:
+        """A new connection of the store, which is opened when it is used."""
+
+    @abstractmethod
+    def _whole(self, operation: str) -> SQLiteDataStore | PostgresDataStore:
+        """The store, for an operation that has transactions of its own; RuntimeError in a
+        transaction()."""
+
+    def _transact(
+        self, write: bool, snapshot: bool = True
+    ) -> AbstractContextManager[Execute]:
+        """A transaction. Yields what executes a statement in it; where there is no store to
+        read, what finds no rows. Without snapshot it is for one statement alone."""
+        return self._connection().transact(write)
+
+    def session(self) -> AbstractContextManager[Session]:
+        """Yields a store whose operations share one connection, each in a transaction of its
+        own: for loops. RuntimeError for its use after its end, from another thread or in a
+        forked child; StoreError where its store has been removed or replaced."""
+        return _session(self)
+
+    def transaction(self) -> AbstractContextManager[Session]:
+        return _lone_transaction(self, write=True)
+
+    def _run(self, *statements: str, **values: object) -> int:
+        """Execute these in one transaction; how many rows they changed."""
+        with self._transact(write=True) as execute:
+            return sum([execute(each, values).rowcount for each in statements])
+
+    def _fetch(self, statement: str, **values: object) -> list[Row]:
+        with self._transact(write=False, snapshot=False) as execute:
+            return execute(statement, values).fetchall()
+
+    def _fetch_each(
+        self,
+        statement: str,
+        what: str,
+        names: Iterable[str],
+        separator: str = ", ",
+        **more: int,
+    ) -> tuple[list[str], list[Row]]:
+        """These names, each once, and the rows of a statement for all of them."""
+        if isinstance(names, str):
+            raise TypeError(f"{what}s must be several names, not one str")
+        each = list(dict.fromkeys(self._name(what, name) for name in names))
+        rows: list[Row] = []
+        with self._transact(write=False) as execute:
+            for first in range(0, len(each), _BATCH):
+                listed, values = _listed(each[first : first + _BATCH], separator)
+                rows += execute(statement.replace(":names", listed), {**more, **values})
+        return each, rows
+
+    def _name(self, what: str, value: object) -> str:
+        name = _text(what, value)
+        if not name:
+            raise ValueError(f"{what} must not be empty")
+        if len(name) * 4 > self._name_limit and len(name.encode()) > self._name_limit:
+            raise ValueError(f"{what} must have at most {self._name_limit} bytes")
+        return name
+
+    def _made(self, make: Callable[[Row], T], rows: Iterable[Row]) -> list[T]:
+        """What rows hold; CorruptStoreError where a cell isn't of its column's type."""
+        try:
+            return [make(row) for row in rows]
+        except (TypeError, ValueError) as error:
+            reason = (
+                "a row of it is damaged: restore a backup, or delete what it belongs to"
+            )
+            raise _error(CorruptStoreError, self.path, reason) from error
+
+    # cache
+
+    def set_cache_entry(self, key: str, value: bytes | bytearray | memoryview) -> None:
+        self._run(_SET_CACHE, key=self._name("key", key), value=_bytes("value", value))
+
+    def get_cache_entry(self, key: str) -> bytes | None:
+        rows = self._fetch(_GET_CACHE, key=self._name("key", key))
+        found = self._made(_only_bytes, rows)
+        return found[0] if found else None
+
+    def get_cache_entries(self, keys: Iterable[str]) -> dict[str, bytes]:
+        names, rows = self._fetch_each(_GET_CACHES, "key", keys)
+        found = dict(self._made(_entry, rows))
+        return {name: found[name] for name in names if name in found}
+
+    def list_cache_keys(self, prefix: str = "") -> list[str]:
+        """The keys that begin with prefix, in order."""
+        prefix = _text("prefix", prefix)
+        beyond = _beyond(prefix)
+        statement = _CACHE_KEYS_BETWEEN if beyond else _CACHE_KEYS
+        return self._made(
+            _only_text, self._fetch(statement, prefix=prefix, beyond=beyond)
+        )
+
+    def delete_cache_entry(self, key: str) -> None:
+        self._run(_DELETE_CACHE, key=self._name("key", key))
+
+    # history
+
+    def record_execution(self, record: ExecutionRecord) -> None:
+        self._run(_RECORD, **self._checked(ExecutionRecord, record))
+
+    def get_execution_history(self, ref: str, limit: int = 0) -> list[ExecutionRecord]:
+        rows = self._fetch(_HISTORY, ref=self._name("ref", ref), limit=_limit(limit))
+        return self._made(_execution, reversed(rows))
+
+    def get_execution_histories(
+        self, refs: Iterable[str], limit: int = 0
+    ) -> dict[str, list[ExecutionRecord]]:
+        if _limit(limit) == _MAX_INTEGER:
+            names, rows = self._fetch_each(_WHOLE_HISTORIES, "ref", refs)
+        else:
+            names, rows = self._fetch_each(
+                _NEWEST_OF_THESE, "ref", refs, "), (", skip=_limit(limit) - 1
+            )
+        found = self._by_ref(rows, limit)
+        return {name: found[name] for name in names if name in found}
+
+    def get_all_execution_history(
+        self, limit_per_ref: int = 0
+    ) -> dict[str, list[ExecutionRecord]]:
+        if _limit(limit_per_ref) == _MAX_INTEGER:
+            rows = self._fetch(_WHOLE_HISTORY)
+        else:
+            rows = self._fetch(_NEWEST_OF_ALL, skip=_limit(limit_per_ref) - 1)
+        return self._by_ref(rows, limit_per_ref)
+
+    def get_recent_executions(
+        self,
+        limit: int = 20,
+        *,
+        ref: str | None = None,
+        status: str | None = None,
+        since: datetime | None = None,
+    ) -> list[ExecutionRecord]:
+        """The newest `limit` records (all where limit <= 0) over all refs or of one, oldest
+        of them first: those of a status, where asked (a record without one counts as
+        completed or failed by its exit code), and that started at `since` or later."""
+        statement = _RECENT if ref is None else _RECENT_OF_REF
+        rows = self._fetch(
+            statement,
+            ref=None if ref is None else self._name("ref", ref),
+            status=None if status is None else _text("status", status),
+            since="" if since is None else _instant("since", since),
+            limit=_limit(limit),
+        )
+        return self._made(_execution, reversed(rows))
+
+    def list_execution_refs(self) -> list[str]:
+        return self._made(_only_text, self._fetch(_REFS))
+
+    def delete_execution_history(self, ref: str) -> None:
+        self._run(_DELETE_HISTORY, ref=self._name("ref", ref))
+
+    # background runs
+
+    def save_background_run(self, run: BackgroundRun) -> None:
+        self._run(_SAVE_RUN, **self._checked(BackgroundRun, run))
+
+    def get_background_run(self, id: str) -> BackgroundRun:
+        rows = self._fetch(_GET_RUN, id=self._name("id", id))
+        for run in self._made(_background, rows):
+            return run
+        raise _error(NotFoundError, self.path, f"there is no background run {id!r}")
+
+    def get_background_runs(self, ids: Iterable[str]) -> dict[str, BackgroundRun]:
+        names, rows = self._fetch_each(_GET_RUNS, "id", ids)
+        found = {run.id: run for run in self._made(_background, rows)}
+        return {name: found[name] for name in names if name in found}
+
+    def list_background_runs(self) -> list[BackgroundRun]:
+        return self._made(_background, self._fetch(_ALL_RUNS))
+
+    def delete_background_run(self, id: str) -> None:
+        self._run(_DELETE_RUN, id=self._name("id", id))
+
+    # process variables
+
+    def create_process_bucket(self, bucket: str) -> None:
+        self._run(_ADD_BUCKET, bucket=self._name("bucket", bucket))
+
+    def delete_process_bucket(self, bucket: str) -> None:
+        self._run(_DELETE_VARS, _DELETE_BUCKET, bucket=self._name("bucket", bucket))
+
+    def list_process_buckets(self) -> list[str]:
+        """The scopes that were made and not deleted, and those that have variables, in order."""
+        return self._made(_only_text, self._fetch(_BUCKETS))
+
+    def set_process_var(self, bucket: str, key: str, value: str) -> None:
+        self._run(
+            _SET_VAR,
+            bucket=self._name("bucket", bucket),
+            key=self._name("key", key),
+            value=_text("value", value),
+        )
+
+    def get_process_var(self, bucket: str, key: str) -> str:
+        bucket, key = self._name("bucket", bucket), self._name("key", key)
+        rows = self._fetch(_GET_VAR, bucket=bucket, key=key)
+        if rows and rows[0][0] is not None:
+            return self._made(_only_text, rows)[0]
+        others = "" if bucket == ROOT_BUCKET else f" or in {ROOT_BUCKET!r}"
+        reason = f"there is no variable {key!r} in the scope {bucket!r}{others}"
+        raise _error(NotFoundError, self.path, reason)
+
+    def get_all_process_vars(self, bucket: str) -> dict[str, str]:
+        rows = self._fetch(_VARS, bucket=self._name("bucket", bucket))
+        return dict(sorted(self._made(_variable, rows)))
+
+    def get_process_var_keys(self, bucket: str) -> list[str]:
+        rows = self._fetch(_VARS, bucket=self._name("bucket", bucket))
+        return [key for key, _ in self._made(_variable, rows)]
+
+    def delete_process_var(self, bucket: str, key: str) -> None:
+        bucket, key = self._name("bucket", bucket), self._name("key", key)
+        self._run(_DELETE_VAR, bucket=bucket, key=key)
+
+    # records on their way in, histories on their way out
+
+    def _checked(self, kind: type[Record], record: Record) -> Values:
+        """A record's row, with the note of whose it is where it runs."""
+        if not isinstance(record, kind):
+            raise TypeError(f"need a {kind.__name__}, not {type(record).__name__}")
+        values = _values(record)
+        if kind is ExecutionRecord:
+            self._name("ref", values["ref"])
+            if values["id"]:
+                self._name("id", values["id"])
+        else:
+            self._name("id", values["id"])
+        running = values["status"] == RunStatus.RUNNING
+        values["owner"] = _owner_note(values["pid"]) if running else ""
+        return values
+
+    def _by_ref(
+        self, rows: Iterable[Row], limit: int
+    ) -> dict[str, list[ExecutionRecord]]:
+        """Records in the order of ref and start, by ref: the newest `limit` of each."""
+        histories: dict[str, list[ExecutionRecord]] = {}
+        for record in self._made(_execution, rows):
+            histories.setdefault(record.ref, []).append(record)
+        if limit > 0:
+            for ref, records in histories.items():
+                histories[ref] = records[-limit:]
+        return histories
+
+    # runs
+
+    def execution(
+        self,
+        ref: str,
+        *,
+        id: str | None = None,
+        bucket: str | None = None,
+        label: str = "",
+        command: str = "",
+        spec: str = "",
+        log_archive_id: str = "",
+        working_dir: str | None = None,
+        source: str | None = None,
+        client_name: str | None = None,
+        session_id: str | None = None,
+    ) -> AbstractContextManager[Execution]:
+        """A context manager that records a run of ref from its start to its end; see
+        Execution for what it yields.
+
+        id: its name, else a new UUID. bucket: the scope that it lives in, which stays; else
+        it has a scope of its own, named by its id, that goes at the end. working_dir: else
+        the current folder. source, client_name, session_id: else what $FLOW_RUN_SOURCE,
+        $FLOW_RUN_CLIENT and $FLOW_RUN_SESSION say.
+
+        The record becomes failed by an exit code other than 0, an error or an exception,
+        else completed. Its end waits up to 30 seconds for the lock.
+        """
+        run = self._new_run(
+            ref,
+            id,
+            bucket,
+            label=label,
+            command=command,
+            spec=spec,
+            log_archive_id=log_archive_id,
+            working_dir=working_dir,
+            source=source,
+            client_name=client_name,
+            session_id=session_id,
+        )
+        return run._recorded()
+
+    def _new_run(
+        self, ref: str, id: str | None, bucket: str | None, **fields: Any
+    ) -> Execution:
+        """A run of this process that hasn't begun; what isn't given is as execution() says."""
+        variables = {
+            "source": RUN_SOURCE_ENV,
+            "client_name": RUN_CLIENT_ENV,
+            "session_id": RUN_SESSION_ENV,
+        }
+        for field, variable in variables.items():
+            if fields.get(field) is None:
+                fields[field] = _noted(run_env_value(variable))
+        if fields.get("working_dir") is None:
+            fields["working_dir"] = _current_folder()
+        id = _new_id() if id is None else id
+        record = ExecutionRecord(
+            ref, _now(), id=id, status=RunStatus.RUNNING, pid=os.getpid(), **fields
+        )
+        values = self._checked(ExecutionRecord, record)
+        record = _execution([values[field] for field in record._fields])  # plain values
+        bucket = None if bucket is None else self._name("bucket", bucket)
+        for what, name in ("id", self._name("id", record.id)), ("bucket", bucket):
+            if name is not None and _bucket_name(name) != name:
+                raise ValueError(
+                    f"{what} must not have a colon, slash or space: {name!r}"
+                )
+        if bucket is None and record.id == ROOT_BUCKET:
+            raise ValueError(f"id must not be {ROOT_BUCKET!r}: its scope goes at the end")
+        return Execution(self._whole("execution"), record, bucket)
+
+    def reconcile(self) -> int:
+        """Mark running records and background runs whose process is gone as failed; how many
+        they were. The scopes that execution() made for them go. Left alone: what belongs to
+        another machine or pid namespace, and what has no pid."""
+        gone: list[tuple[str, Values]] = []
+        with self._transact(write=False) as execute:
+            for running, fail in (
+                (_RUNNING, _FAIL),
+                (_RUNNING_IN_BACKGROUND, _FAIL_IN_BACKGROUND),
+            ):
+                for key, pid, owner, scope in execute(running, {}).fetchall():
+                    if _is_gone(pid, owner, self._judges_unnoted):
+                        values = {"id": key, "pid": pid, "owner": owner, "bucket": scope}
+                        gone.append((fail, values))
+        if not gone:
+            return 0
+        marked = 0
+        with self._transact(write=True) as execute:
+            for fail, values in gone:
+                values.update(now=_instant("now", _now()), error=_GONE)
+                changed = execute(fail, values).rowcount
+                marked += changed
+                if changed and values["bucket"]:
+                    execute(_DELETE_VARS, values)
+                    execute(_DELETE_BUCKET, values)
+        return marked
+
+    def prune(
+        self, keep: int | None = None, before: datetime | None = None
+    ) -> PruneSummary:
+        """Delete, per ref, all but the newest `keep` ended records and background runs, and
+        those that started before `before`; at least one of the two is needed. Running ones
+        stay. Linear in what is there, in short transactions; a file gets smaller."""
+        if keep is None and before is None:
+            raise ValueError("prune needs keep, before or both")
+        if keep is not None and _integer("keep", keep) < 0:
+            raise ValueError("keep must be 0 or more")
+        values: Values = {
+            "keep": _MAX_INTEGER if keep is None else keep,
+            "before": "" if before is None else _instant("before", before),
+        }
+        with self._whole("prune").session() as session:
+            history = session._prune(_ENDED, _PRUNE, values)
+            background = session._prune(_ENDED_IN_BACKGROUND, _PRUNE_BACKGROUND, values)
+            with session._held:
+                session._held.give_space_back()
+        return PruneSummary(history, background)
+
+    def _prune(self, query: str, delete: str, values: Values) -> int:
+        ended = [key for (key,) in self._fetch(query, **values)]
+        deleted = 0
+        for first in range(0, len(ended), _BATCH):
+            listed, keys = _listed(ended[first : first + _BATCH])
+            deleted += self._run(delete.replace(":names", listed), **keys)
+        return deleted
+
+
+class Session(_SQLStore):
+    """What session() and transaction() yield: the store's operations on one connection, for
+    the thread and the process that opened it. In a transaction() they take effect together
+    at its end; execution(), prune(), backup() and session() are a RuntimeError in it."""
+
+    def __init__(
+        self,
+        store: SQLiteDataStore | PostgresDataStore,
+        connection: Any,  # of the store's engine
+        atomic: bool,
+    ) -> None:
+        self._store = store
+        self._held: Connection = connection
+        self._atomic = atomic
+        self._thread = get_ident()  # 0 after its end
+
+    def __getattr__(self, name: str) -> Any:
+        """What an engine's store says of itself: its path, the limit of names."""
+        return getattr(self._store, name)
+
+    def _connection(self, held: bool = False) -> Connection:
+        return self._held
+
+    def _transact(
+        self, write: bool, snapshot: bool = True
+    ) -> AbstractContextManager[Execute]:
+        self._check()
+        in_one = self._atomic or (self._held.thread and not write)
+        if in_one or not (write or snapshot):
+            return self._held
+        return self._held.transact(write)
+
+    def _check(self) -> None:
+        """Refuse a use that its connection would not survive, or that would take effect
+        alone: SQLite itself rolls a transaction back where the disk is full."""
+        reason = ""
+        if self._held.pid != os.getpid():
+            reason = "it was opened before a fork: open one here"
+        elif not self._thread:
+            reason = "it has ended: open another"
+        elif self._thread != get_ident():
+            reason = "it is another thread's: open one here"
+        if reason:
+            kind = "transaction" if self._atomic else "session"
+            raise RuntimeError(f"{self.path}: this {kind} can't be used: {reason}")
+        if self._atomic and not self._held.in_transaction():
+            reason = (
+                "this transaction was rolled back, and nothing of it changed: begin anew"
+            )
+            raise _error(StoreError, self.path, reason)
+
+    def _whole(self, operation: str) -> SQLiteDataStore | PostgresDataStore:
+        self._check()
+        if self._atomic:
+            raise RuntimeError(f"{self.path}: no {operation}() inside a transaction()")
+        return self._store
+
+    def session(self) -> AbstractContextManager[Session]:
+        return self._whole("session").session()
+
+    def transaction(self) -> AbstractContextManager[Session]:
+        self._whole("transaction")
+        return _transaction(self._store, self._held, write=True)
+
+    def backup(self, target: str | os.PathLike[str]) -> None:
+        """As the store's; NotImplementedError where that has none."""
+        store = self._whole("backup")
+        if not isinstance(store, SQLiteDataStore):
+            raise NotImplementedError(f"{self.path}: only a file has a backup()")
+        store.backup(target)
+
+
+@contextmanager
+def _held(store: _SQLStore) -> Iterator[Connection]:
+    """A connection for several uses, closed at the end: but not in a forked child."""
+    connection = store._connection(held=True)
+    try:
+        yield connection
+    finally:
+        if connection.pid == os.getpid():
+            with connection:
+                connection.close()
+
+
+@contextmanager
+def _session(store: _SQLStore) -> Iterator[Session]:
+    with _held(store) as connection:
+        with connection:
+            connection.prepare()
+        session = Session(store._whole("session"), connection, atomic=False)
+        try:
+            yield session
+        finally:
+            session._thread = 0
+
+
+@contextmanager
+def _lone_transaction(store: _SQLStore, write: bool) -> Iterator[Session]:
+    """A transaction on a connection of its own: to write, or to read one moment."""
+    with _held(store) as connection, _transaction(store, connection, write) as session:
+        yield session
+
+
+@contextmanager
+def _transaction(
+    store: _SQLStore, connection: Connection, write: bool
+) -> Iterator[Session]:
+    """A transaction on a connection that is held: its operations land together at the end."""
+    if connection.thread:  # its end would end the one that is open
+        raise RuntimeError(f"{store.path}: no transaction() inside a transaction()")
+    session = Session(store._whole("transaction"), connection, atomic=True)
+    try:
+        with connection:
+            if not connection.begin(write):
+                raise _error(StoreError, store.path, "there is no store here to read")
+            connection.thread = get_ident()
+        yield session
+        session._check()
+        with connection:
+            connection.commit()
+    finally:
+        session._thread = connection.thread = 0
+        if connection.pid == os.getpid():
+            with connection:
+                connection.rollback()
+
+
+def _limit(limit: object) -> int:
+    number = _integer("limit", limit)
+    return number if number > 0 else _MAX_INTEGER
+
+
+def _beyond(prefix: str) -> str:
+    """The first text, in the order of code points, after all that begin with prefix; ""
+    where there is none."""
+    stem = prefix.rstrip("\U0010ffff")
+    if not stem:
+        return ""
+    following = ord(stem[-1]) + 1
+    return stem[:-1] + chr(0xE000 if following == 0xD800 else following)  # no surrogates
+
+
+def _new_id() -> str:
+    import uuid  # only here: it is slow to import
+
+    return str(uuid.uuid4())
+
+
+def _current_folder() -> str:
+    try:
+        return _noted(os.getcwd())
+    except _UNTOLD:  # it has been removed
+        return ""
+
+
+# ---- SQLite: connections ----
+
+_LOG_STEP = 4 << 20  # bytes; SQLite's own default is 1,000 pages
+_LOG_PAUSES = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)  # seconds
+_FORK_PATIENCE = 10_000  # milliseconds that a fork waits for the operations of others
+
+
+class _ForkGate:
+    """Lets no fork happen while a thread is inside SQLite, and knows what is open.
+
+    A child that is forked while another thread is in SQLite finds its allocator locked for
+    ever; and an open connection must not be used in a child, not even to close it
+    (https://www.sqlite.org/howtocorrupt.html, 2.6): SQLite keeps its locks per process.
+
+    A signal's handler may raise at any of these lines. What it raises in a callback would
+    be lost: so there are none, in Python, where a connection or a fork ends.
+    """
+
+    def __init__(self) -> None:
+        self.files = threading.RLock()  # while a file is made or opened: _make_file()
+        self.forks = threading.RLock()  # during a fork
+        self.forking = False  # whether one is near: a hint, cleared by who has the lock
+        # weak: what an interrupt left open closes with the last reference to it
+        self.connections: set[weakref.ref[_Connection]] = set()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(
+                before=self.before,
+                after_in_parent=self.forks.release,
+                after_in_child=self.in_child,
+            )
+
+    def known(self) -> list[_Connection]:
+        """The connections that are in use or open, the parent's too."""
+        return [found for each in [*self.connections] if (found := each())]
+
+    def enter(self, connection: _Connection) -> None:
+        connection.user = get_ident()
+        self.connections.add(weakref.ref(connection))
+        if self.forking:
+            self.give_way(connection)
+
+    def leave(self, connection: _Connection) -> None:
+        connection.user = 0
+        if not connection.sql:
+            self.connections.discard(weakref.ref(connection))
+
+    def give_way(self, connection: _Connection) -> None:
+        """Let the fork that is coming go first."""
+        connection.user = 0
+        with self.forks:
+            self.forking = False
+            connection.user = get_ident()
+
+    def before(self) -> None:
+        self.forks.acquire()
+        self.forking = True
+        mine = (0, get_ident())
+        for _ in range(_FORK_PATIENCE):
+            if all(each.user in mine for each in self.known()):
+                break
+            time.sleep(0.001)
+
+    def in_child(self) -> None:
+        self.files = threading.RLock()
+        inherited: list[object] = [*self.known()]
+        if inherited:
+            for each in self.known():
+                each.user = 0
+            # never collected, so never closed here: that would undo what the parent writes
+            inherited.append(inherited)
+            gc.freeze()
+        self.forks.release()
+
+
+_gate = _ForkGate()
+
+
+# What SQLite's primary result codes mean to a user: the kind of error, and what to do. What
+# isn't here is a StoreError with SQLite's own words.
+_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
+_NO_PLACE = (
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+)
+_ADVICE = {
+    sqlite3.SQLITE_BUSY: "another process has it locked: try again",
+    sqlite3.SQLITE_LOCKED: "another connection has it locked: try again",
+    sqlite3.SQLITE_PROTOCOL: "many processes begin to use it at once: try again",
+    sqlite3.SQLITE_FULL: "the disk is full, and nothing was changed: make room",
+    sqlite3.SQLITE_READONLY: "it can't be written to: check the rights of file and folder",
+    sqlite3.SQLITE_PERM: "it may not be used so: check the rights of file and folder",
+    sqlite3.SQLITE_TOOBIG: "a value is larger than SQLite takes: keep it in a file",
+    sqlite3.SQLITE_CANTOPEN: "it can't be opened: check the rights of file and folder",
+    sqlite3.SQLITE_IOERR: "it can't be read or written: is its disk full, failing or remote?",
+    sqlite3.SQLITE_CORRUPT: "it is damaged: restore a backup, and remove the -wal and -shm"
+    " beside it before",
+}
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether an exception was raised by this module's own call: what a signal's handler
+    raises in the middle of it has the handler as the last frame of its traceback."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    frames = globals(), vars(os.path)  # whose functions only do this module's calls
+    return trace is not None and any(trace.tb_frame.f_globals is each for each in frames)
+
+
+def _code(error: BaseException) -> int:
+    """SQLite's primary result code of an error."""
+    if isinstance(error, (OverflowError, sqlite3.DataError)):
+        return sqlite3.SQLITE_TOOBIG
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    if code == 5898:  # SQLITE_IOERR_DELETE_NOENT: somebody else has removed a -wal first
+        return sqlite3.SQLITE_BUSY
+    return code & 0xFF
+
+
+def _explained(error: Exception, file: str) -> StoreError:
+    """The store's error for one of SQLite or of the system."""
+    code = _code(error)
+    if isinstance(error, OSError):
+        reason = f"{error.strerror or error}: name a path that you may read and write"
+        return _error(StoreError, file, reason)
+    if code in _NO_PLACE and not _descriptors_are_left():
+        reason = "too many open files: close some, or raise the limit (ulimit -n)"
+        return _error(StoreError, file, reason)
+    if code == sqlite3.SQLITE_NOTADB:
+        return _error(CorruptStoreError, file, _what_it_is(file))
+    kind = StoreBusyError if code in _BUSY else StoreError
+    if code == sqlite3.SQLITE_CORRUPT:
+        kind = CorruptStoreError
+    if code in _ADVICE:
+        return _error(kind, file, f"{_ADVICE[code]} ({error})")
+    if isinstance(error, sqlite3.Error) and not hasattr(error, "sqlite_errorcode"):
+        # the sqlite3 module's own error may quote a value, and values may be secret
+        return _error(CorruptStoreError, file, "it has a text that is no UTF-8")
+    return _error(kind, file, f"SQLite says: {error}")
+
+
+def _descriptors_are_left() -> bool:
+    """Whether this process may open as many files as a store takes."""
+    opened = []
+    try:
+        for _ in range(4):  # the file, -wal and -shm, the folder
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+        return True
+    except OSError as error:
+        if not _is_own(error):
+            raise
+        return False
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+
+
+def _what_it_is(file: str) -> str:
+    """What a file is of which SQLite has said that it is no database: only then may it be
+    opened here, since closing it drops this process's locks on it."""
+    try:
+        with open(file, "rb") as stream:
+            start = stream.read(20)
+    except _UNTOLD:
+        start = b""
+    if start[16:] == b"\xed\xda\x0c\xed":  # bbolt's magic number
+        return (
+            "a file of the original (bbolt): bring it over with `flowstore import FILE`"
+        )
+    return "it is no SQLite file, so no store: name another path, or move the file away"
+
+
+class _Waiting:
+    """The sleeps of one operation, until its timeout."""
+
+    def __init__(self, store: SQLiteDataStore) -> None:
+        self.store = store
+        self.began = time.monotonic()
+        self.slept = 0.0  # what counts where somebody has frozen the clock
+
+    def sleep(self) -> None:
+        """Sleep a moment, since others are at work; StoreBusyError after the timeout.
+
+        SQLite's own handler sleeps for up to 100 ms and starves the unluckiest of many. Here
+        whoever has waited for long tries oftener; but if all of 64 did, the one that has
+        the lock would find no time to go on.
+        """
+        waited = max(time.monotonic() - self.began, self.slept)
+        left = self.store._timeout - waited
+        if left <= 0:
+            reason = (
+                f"another process kept it locked for {waited:.1f} seconds:"
+                " try again, or wait longer by timeout="
+            )
+            raise _error(StoreBusyError, self.store.path, reason)
+        longest = 0.032 if waited < 0.5 else 0.008
+        jitter = 0.5 + time.perf_counter_ns() % 1000 / 1000
+        pause = min(max(waited, 0.001) * jitter, longest * jitter, left)
+        time.sleep(pause)
+        self.slept += pause
+
+
+class _NoRows:
+    """What a statement finds where there is no store."""
+
+    rowcount = 0
+
+    def fetchone(self) -> None:
+        return None
+
+    def fetchall(self) -> list[Row]:
+        return []
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(())
+
+
+def _find_nothing(statement: str, values: Values) -> _NoRows:
+    return _NoRows()
+
+
+class _Moved(Exception):
+    """The file at a store's path is another than that which was opened."""
+
+
+@cache
+def _uri(file: str) -> str:
+    return "file:" + "".join(f"%{byte:02X}" for byte in os.fsencode(file))
+
+
+def _connect(file: str, options: str) -> sqlite3.Connection:
+    with _gate.files:  # _make_file()
+        return sqlite3.connect(
+            f"{_uri(file)}?{options}",
+            uri=True,
+            timeout=0,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+
+
+# trusted_schema and cell_size_check are for files from elsewhere. A reader's close may be
+# the last, with a checkpoint. A sort or vacuum must not need a folder for temporary files.
+_READ_SETTINGS = """
+    PRAGMA trusted_schema = OFF; PRAGMA cell_size_check = ON;
+    PRAGMA checkpoint_fullfsync = ON; PRAGMA temp_store = MEMORY"""
+# Before writes only: some of these read the file. Checkpoints are made by shorten_log().
+_WRITE_SETTINGS = f"""{_READ_SETTINGS};
+    PRAGMA synchronous = FULL; PRAGMA fullfsync = ON; PRAGMA wal_autocheckpoint = 0;
+    PRAGMA journal_size_limit = 0; PRAGMA secure_delete = ON"""
+
+
+class _Connection:
+    """One connection to a store's file. Only here it is opened and recognised, locks are
+    awaited, transactions begun and ended. `with` encloses each use of it: a fork waits for
+    the end of that, and what SQLite or the system raises in it becomes a StoreError."""
+
+    def __init__(self, store: SQLiteDataStore, held: bool = False) -> None:
+        self.store = store
+        self.held = held  # by a session, over several uses
+        self.sql: Any = None  # the sqlite3.Connection, while it is open
+        self.inode = 0  # of the file that was opened
+        self.at_rest: Any = None  # look(), where it is read as unchanging
+        self.pid = os.getpid()
+        self.user = 0  # the thread that is in it
+        self.thread = 0  # that holds a transaction() on it
+
+    def __enter__(self) -> Execute:
+        _gate.enter(self)
+        return self.execute
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if self.at_rest and (error is None or isinstance(error, sqlite3.Error)):
+                self.refuse_change()
+            if not self.held:
+                self.close()
+            elif not self.thread:
+                self.rollback()
+        finally:
+            _gate.leave(self)
+        theirs = (sqlite3.Error, OSError, OverflowError)
+        if (
+            isinstance(error, theirs)
+            and not isinstance(error, StoreError)
+            and _is_own(error)
+        ):
+            # an error without a code may quote a value, which doesn't go into a traceback
+            quotes = isinstance(error, sqlite3.Error) and not _code(error)
+            raise _explained(error, self.store.path) from (None if quotes else error)
+
+    @contextmanager
+    def transact(self, write: bool) -> Iterator[Execute]:
+        with self as execute:
+            there = self.begin(write)
+            yield execute if there else _find_nothing
+            if write:
+                self.commit()
+
+    def execute(self, statement: str, values: Values) -> Any:
+        """Execute a statement in the transaction that was begun; in a session also a single
+        read without one, which is begun where that fails: somebody had the file to himself,
+        or has emptied it. (What SQLite has rolled back must not go on in another one.)"""
+        alone = self.held and not (self.sql and self.sql.in_transaction)
+        try:
+            if self.sql:
+                return self.sql.execute(statement, values)
+        except sqlite3.OperationalError:
+            if not alone:
+                raise
+        return self.sql.execute(statement, values) if self.begin(False) else _NoRows()
+
+    def begin(self, write: bool) -> bool:
+        """Take the write lock, or a snapshot. Whether there is a store; a write makes it."""
+        self.refuse_use(write)
+        if self.thread:
+            return True  # a session's read takes part in its own transaction()
+        self.rollback()  # what an interrupt has left
+        established = bool(self.sql)
+        at_rest = False
+        waiting = _Waiting(self.store)
+        while True:
+            try:
+                if not self.sql and not self.open(write, at_rest):
+                    return False
+                return self.begin_here(write)
+            except (sqlite3.Error, OSError, _Moved) as error:
+                if isinstance(error, StoreError) or not _is_own(error):
+                    raise
+                no_place = _code(error) in _NO_PLACE and not write and not at_rest
+                self.recover(error, established, no_place)
+                at_rest = at_rest or no_place
+            waiting.sleep()
+            if _gate.forking:
+                if not self.held:
+                    self.close()  # else the child could not open the file
+                _gate.give_way(self)
+
+    def refuse_use(self, write: bool) -> None:
+        """Refuse a file that was open at a fork, and to wait for the lock of one's own."""
+        for each in _gate.known():
+            if each.store._file != self.store._file:
+                continue
+            if each.pid != self.pid:
+                reason = "it was open when this process was forked: use spawn, or exec"
+                raise RuntimeError(f"{self.store.path}: {reason}")
+            if write and each.thread == get_ident():
+                reason = (
+                    "this thread holds a transaction() on it, and would wait for itself"
+                )
+                raise RuntimeError(f"{self.store.path}: {reason}")
+
+    def recover(self, error: Exception, established: bool, elsewhere: bool) -> None:
+        """Make ready for another try where an error is the doing of others, or is to be
+        tried elsewhere; raise any other. What is established goes on with its own file."""
+        self.rollback()
+        if _code(error) in _BUSY:
+            return
+        moved = not isinstance(error, OSError) and self.has_moved()
+        if moved and established:
+            reason = "its file has been removed or replaced: open a new session"
+            raise _error(StoreError, self.store.path, reason) from None
+        if not moved and not elsewhere:
+            raise error
+        self.close()
+
+    def prepare(self) -> None:
+        """See that there is a store that can be read, made where it is missing."""
+        there = self.begin(False)
+        self.rollback()
+        if not there:
+            self.close()
+            self.begin(True)
+            self.commit()
+
+    def begin_here(self, write: bool) -> bool:
+        self.refuse_writing(write and bool(self.at_rest))  # SQLite would begin a read
+        self.sql.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+        known = self.store._known
+        complete = self.identify()
+        # nobody can remove a file whose lock somebody holds; it was before that, if ever
+        if (write or not self.held) and self.has_moved():
+            raise _Moved
+        if not write or (complete and known == self.store._known):
+            return complete
+        if self.sql.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+            self.rollback()
+            self.use_wal()
+            return self.begin_here(write)
+        if not complete:
+            self.create()
+        return True
+
+    def identify(self) -> bool:
+        """Whether the file is a whole store, not a blank one. Another's is refused."""
+        [cookie] = self.sql.execute("PRAGMA schema_version").fetchone()
+        if self.store._known == (self.inode, cookie):
+            return True
+        path = self.store.path
+        [application] = self.sql.execute("PRAGMA application_id").fetchone()
+        [version] = self.sql.execute("PRAGMA user_version").fetchone()
+        objects = self.sql.execute("SELECT type, name, tbl_name, sql FROM sqlite_master")
+        objects = objects.fetchall()
+        if application != _APPLICATION_ID:
+            if application or version or cookie:
+                reason = (
+                    f"another program's SQLite file (application id {application:#x})"
+                )
+                raise _error(CorruptStoreError, path, f"{reason}: name another path")
+            if 0 < os.stat(self.store._file).st_size < 512:  # to SQLite that is empty
+                raise _error(CorruptStoreError, path, _what_it_is(self.store._file))
+            return False
+        if version == 0:  # destroy_store() has emptied it
+            return False
+        if version > _VERSION:
+            raise _error(StoreError, path, f"it has schema {version}: update flowstore")
+        if version < _VERSION:
+            reason = f"it has schema {version}, of an unreleased version: move it away"
+            raise _error(StoreError, path, reason)
+        self.verify(objects)
+        self.store._known = (self.inode, cookie)
+        return True
+
+    def verify(self, objects: list[Row]) -> None:
+        """Refuse what would run by itself, as a trigger does or a view in a table's place,
+        and a store without one of its tables. What else somebody has added is left alone."""
+        missing = set(_TABLES)
+        for kind, name, table, text in objects:
+            if table.lower() not in _TABLES:
+                continue
+            plain = kind == "index" or (
+                kind == "table" and text.startswith("CREATE TABLE")
+            )
+            if not plain:
+                reason = f"its {kind} {name!r} is not the store's: drop it"
+                raise _error(StoreError, self.store.path, reason)
+            missing.discard(name)
+        if missing:
+            reason = f"its table {min(missing)} is missing: restore a backup"
+            raise _error(CorruptStoreError, self.store.path, reason)
+
+    def create(self) -> None:
+        """Make the tables, in the transaction that found none."""
+        for definition in (*_TABLES.values(), *_INDEXES):
+            self.sql.execute(definition)
+        self.sql.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        self.sql.execute(f"PRAGMA user_version = {_VERSION}")
+
+    def use_wal(self) -> None:
+        [mode] = self.sql.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            reason = "SQLite can't keep a WAL here: name a store on a local disk"
+            raise _error(StoreError, self.store.path, reason)
+
+    def open(self, make: bool, at_rest: bool) -> bool:
+        """Open the file; False where it is missing, and not to be made."""
+        file = self.store._file
+        made = False
+        while True:
+            try:
+                status = os.stat(file)
+                break
+            except (FileNotFoundError, NotADirectoryError):
+                if not make:
+                    return False
+                made = _make_file(file)
+        self.refuse_unsafe(status)
+        settings = _WRITE_SETTINGS if make or self.held else _READ_SETTINGS
+        if make and status.st_size == 0:
+            _make_private(file, status, made)
+            # before anything else: BEGIN on an empty file settles it
+            settings += "; PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL"
+        if at_rest or not _may_write(file):  # else -wal and -shm would be made, and left
+            self.open_at_rest(make)
+            return True
+        self.inode = status.st_ino
+        self.connect("mode=rw", settings)
+        return True
+
+    def open_at_rest(self, write: bool) -> None:
+        """Open a file in a place that can't be written, where SQLite can make no -shm to
+        read by. With one beside it (somebody writes, or was killed) it is read by that;
+        else as a file that doesn't change, and __exit__() looks whether that was so
+        (https://www.sqlite.org/wal.html, "Read-Only Databases")."""
+        self.refuse_writing(write)
+        state = self.look()
+        file, log, index = state
+        if not file:
+            raise _Moved
+        self.inode = file[0]
+        if index:
+            self.connect("mode=ro", _READ_SETTINGS)
+            return
+        if log and log[-1]:
+            reason = (
+                "a -wal lies beside it that can't be read here: open it once where it can"
+            )
+            raise _error(StoreBusyError, self.store.path, f"{reason} be written")
+        self.at_rest = state
+        self.connect("mode=ro&immutable=1", _READ_SETTINGS)
+
+    def refuse_writing(self, write: bool) -> None:
+        if write:
+            reason = _ADVICE[sqlite3.SQLITE_READONLY]
+            raise _error(StoreError, self.store.path, reason)
+
+    def refuse_change(self) -> None:
+        """Refuse what was read of a file at rest where it was not."""
+        if self.at_rest and self.look() != self.at_rest:
+            self.close()
+            reason = "somebody begins or ends writing to it: try again"
+            raise _error(StoreBusyError, self.store.path, reason)
+
+    def connect(self, options: str, settings: str) -> None:
+        self.sql = _connect(self.store._file, options)
+        try:
+            self.sql.executescript(settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def refuse_unsafe(self, status: os.stat_result) -> None:
+        """Refuse what is no file, what has a second name (each would have a log of its own),
+        and what somebody else may have put where anyone can."""
+        reason = ""
+        if not stat.S_ISREG(status.st_mode):
+            reason = "it is no regular file: name another path"
+        elif status.st_nlink > 1:
+            reason = "it has another name (a hard link), which would corrupt it: copy it instead"
+        elif os.name == "posix" and status.st_uid != os.geteuid():
+            folder = os.stat(os.path.dirname(self.store._file))
+            if folder.st_mode & stat.S_IWOTH:
+                reason = (
+                    "it is another user's, in a folder that anyone may write to: name"
+                )
+                reason += " a path in a folder of your own"
+        if reason:
+            raise _error(StoreError, self.store.path, reason)
+
+    def look(self) -> list[tuple[int, ...]]:
+        """Inode, time and size of the file, its -wal and -shm, () of what isn't there."""
+        found: list[tuple[int, ...]] = []
+        for ending in ("", "-wal", "-shm"):
+            try:
+                status = os.stat(self.store._file + ending)
+                found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+            except OSError as error:
+                if not _is_own(error):
+                    raise
+                found.append(())
+        return found
+
+    def has_moved(self) -> bool:
+        """Whether the file that was opened is no longer at the path."""
+        try:
+            return os.stat(self.store._file).st_ino != self.inode
+        except FileNotFoundError:
+            return True
+
+    def in_transaction(self) -> bool:
+        return bool(self.sql and self.sql.in_transaction)
+
+    def rollback(self) -> None:
+        if self.sql and self.sql.in_transaction:
+            self.sql.execute("ROLLBACK")
+
+    def commit(self) -> None:
+        """Make a write last, and keep the log short."""
+        self.sql.execute("COMMIT")
+        if self.held and not self.thread and self.sql.total_changes % 4:
+            return  # looking at the log takes a tenth of a session's write
+        try:
+            steps, beyond = divmod(os.stat(f"{self.store._file}-wal").st_size, _LOG_STEP)
+            # about once in a step, since it holds others up
+            if steps and beyond < _LOG_STEP // 128:
+                self.sql.execute("BEGIN IMMEDIATE")
+                self.shorten_log()
+        except (FileNotFoundError, sqlite3.Error):
+            pass  # what was to be written is; the log is the care of a later writer
+
+    def shorten_log(self) -> None:
+        """End a write transaction with a checkpoint, after which the next writer begins the
+        log anew if nobody reads in it.
+
+        Until SQLite 3.51.2 a commit that does so between two checkpoints can lose pages
+        (https://www.sqlite.org/wal.html, "The WAL-Reset Bug"). Nobody can while this
+        connection has the write lock; the checkpoint, on another, waits for no reader.
+        Readers that overlap would always need some of the log: so it holds the writers up
+        until those of before are through, and what begins then needs none of it.
+        """
+        other = _connect(self.store._file, "mode=rw")
+        try:
+            other.executescript(_WRITE_SETTINGS)
+            for pause in _LOG_PAUSES:
+                time.sleep(pause)
+                checkpoint = other.execute("PRAGMA wal_checkpoint(PASSIVE)")
+                _, pages, copied = checkpoint.fetchone()
+                if pages == copied:
+                    time.sleep(2 * pause)  # as long again, for those that began meanwhile
+                    break
+        finally:
+            other.close()
+            self.rollback()
+
+    def give_space_back(self) -> None:
+        """Cut the free pages off the file, in short steps."""
+        free = None
+        while True:
+            self.begin(True)
+            before, free = free, self.sql.execute("PRAGMA freelist_count").fetchone()
+            if free in ((0,), before):
+                break
+            self.sql.execute(f"PRAGMA incremental_vacuum({_BATCH})").fetchall()
+            self.commit()
+        self.shorten_log()
+
+    def close(self) -> None:
+        """Close it, but never in a child that was forked with it open."""
+        if self.sql and self.pid == os.getpid():
+            sql, self.sql, self.at_rest = self.sql, None, None
+            sql.close()
+
+
+def _may_write(file: str) -> bool:
+    # asking needs no descriptor, whose closing would drop this process's locks
+    return os.access(file, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _make_folder(folder: str) -> None:
+    try:
+        try:
+            os.mkdir(folder, 0o700)
+        except FileNotFoundError:
+            _make_folder(os.path.dirname(folder))
+            os.mkdir(folder, 0o700)
+    except FileExistsError:
+        return
+    if stat.S_IMODE(os.stat(folder).st_mode) & 0o700 != 0o700:
+        os.chmod(folder, 0o700)  # whatever the umask
+
+
+def _make_file(file: str) -> bool:
+    """Make an empty file that only its owner may read; False where there is one by now."""
+    try:
+        _make_folder(os.path.dirname(file))
+        # closing it drops this process's locks on it: no thread may have opened it by then
+        with _gate.files:
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        return False
+    except FileNotFoundError as error:  # as in /proc
+        raise _error(
+            StoreError, file, "it can't be made here: name another path"
+        ) from error
+    return True
+
+
+def _make_private(file: str, status: os.stat_result, made: bool) -> None:
+    """Take everybody else's rights of a new store away, whatever the umask gave."""
+    mode = stat.S_IMODE(status.st_mode)
+    if mode == 0o600:
+        return
+    try:
+        os.chmod(file, 0o600)
+    except PermissionError as error:
+        if mode & 0o077:
+            if made:
+                os.unlink(file)
+            reason = (
+                "others could read it, and its rights can't be changed: name another path"
+            )
+            raise _error(StoreError, file, reason) from error
+
+
+# ---- SQLite: the store ----
+
+
+class SQLiteDataStore(_SQLStore):
+    """A store in an SQLite file, made where it is missing, with its folder.
+
+    path: the file; None or "" is default_path(). timeout: the seconds that an operation waits
+    for other processes. Any number of processes and threads may use one file; every
+    operation opens, uses and closes a connection of its own. `path` is the file, absolute.
+    """
+
+    _name_limit = _MAX_INTEGER
+    _judges_unnoted = True
+
+    def __init__(
+        self, path: str | os.PathLike[str] | None = None, *, timeout: float = 3.0
+    ) -> None:
+        self._timeout = _seconds(timeout)
+        name = "" if path is None else os.fsdecode(path)
+        if name == ":memory:" or "\0" in name:
+            raise ValueError("a store is a file, since every operation opens it")
+        name = name or default_path()
+        if _is_url(name):
+            raise ValueError("this is a URL, not a file: use open_store()")
+        self.path = _absolute(name)
+        try:
+            self._file = _resolved(self.path)
+        except OSError as error:
+            if not _is_own(error):
+                raise
+            raise _explained(error, self.path) from error
+        self._known = (0, 0)  # inode and schema cookie of what was found to be a store
+        self._prepare()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r})"
+
+    def _prepare(self) -> None:
+        """Make the store where it is missing, or fail at once."""
+        connection = _Connection(self)
+        with connection:
+            connection.prepare()
+
+    def _connection(self, held: bool = False) -> _Connection:
+        return _Connection(self, held)
+
+    def _whole(self, operation: str) -> SQLiteDataStore:
+        return self
+
+    def _patient(self) -> SQLiteDataStore:
+        import copy
+
+        store = copy.copy(self)
+        store._timeout = max(self._timeout, _END_PATIENCE)
+        return store
+
+    def _address(self) -> str:
+        return self.path
+
+    def _identity(self) -> object:
+        return self._file
+
+    def _destroy(self) -> None:
+        connection = _Connection(self)
+        with connection:
+            there = connection.begin(False)
+            connection.close()
+            if there:  # to be alone with it already here would starve under load
+                connection.begin(True)
+                _empty(connection.execute)
+                connection.commit()
+            waiting = _Waiting(self)
+            try:
+                while not _unlink(connection):
+                    connection.close()
+                    waiting.sleep()
+            except StoreBusyError:
+                reason = (
+                    "it has been emptied, but a process has it open, so the empty file is"
+                )
+                reason += " left: end that process, and do it again"
+                raise _error(StoreBusyError, self.path, reason) from None
+
+    def backup(self, target: str | os.PathLike[str]) -> None:
+        """Copy the store, as it is at one moment, to a new file of mode 0600, which appears
+        under its name when it is complete and on the disk. StoreError where something is
+        there. A copying that is killed may leave TARGET.part, which the next one replaces."""
+        self._backup(os.fsdecode(target), None)
+
+    def _backup(
+        self, target: str, progress: Callable[[int, int, int], object] | None
+    ) -> None:
+        """backup(). progress is called as sqlite3's own is: status, remaining, total pages."""
+        target = _absolute(target)
+        connection = _Connection(self)
+        with connection:
+            if not connection.begin(False):
+                raise _error(StoreError, self.path, "there is no store here to copy")
+            with _part_of(target) as part:
+                copy = _connect(part, "mode=rw")
                 try:
-                    data.close()
-                except BufferError:
-                    pass  # an error has a part of it, and takes it along
-    except StoreError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: no bbolt file, or empty
-        kind = StoreError if isinstance(error, OSError) else CorruptStoreError
-        raise _error(kind, source, f"{error}: name a file of the original") from None
-    more = [("", "", f"and {file.unnamed} more")] if file.unnamed else []
-    return ImportSummary(**counts, problems=(*file.problems, *more))
+                    # its journal would be litter where this is killed
+                    copy.executescript(f"{_WRITE_SETTINGS}; PRAGMA journal_mode = OFF")
+                    connection.sql.backup(copy, pages=1000, progress=progress)
+                finally:
+                    copy.close()
+                connection.refuse_change()
+
+    def _report(self) -> dict[str, object]:
+        """The outcome of SQLite's check, sizes in bytes, and how many rows each table has."""
+        questions = {
+            "check": "PRAGMA integrity_check(1)",
+            "size": "SELECT page_size * page_count FROM pragma_page_size, pragma_page_count",
+            "free": "SELECT page_size * freelist_count"
+            " FROM pragma_page_size, pragma_freelist_count",
+            "schema": "PRAGMA user_version",
+            "sqlite": "SELECT sqlite_version()",
+            **{table: f"SELECT count(*) FROM {table}" for table in _TABLES},
+        }
+        report: dict[str, object] = {"path": self.path}
+        with self._transact(write=False) as execute:
+            for name, question in questions.items():
+                row = execute(question, {}).fetchone()
+                if row is None:
+                    reason = "there is no store here yet: `flowstore set` makes one"
+                    raise _error(StoreError, self.path, reason)
+                report[name] = row[0]
+        if report["check"] != "ok":
+            reason = f"it is damaged ({report['check']}): restore a backup"
+            raise _error(CorruptStoreError, self.path, reason)
+        return report
 
 
-def _share_lock(stream: Any, source: str, deadline: float) -> None:
-    """Take the lock that bbolt takes, where the system has it."""
-    while os.name == "posix":
+@contextmanager
+def _part_of(target: str) -> Iterator[str]:
+    """Yields the name of an empty, private file, which gets the target's name at the end,
+    when it is on the disk; one that a killed backup has left is used again. StoreBusyError
+    where another backup is at work in it."""
+    part = f"{target}.part"
+    mine = False
+    try:
+        _refuse_target(target)
+        # an object that closes itself, wherever an interrupt comes
+        with open(part, "ab", 0, opener=partial(os.open, mode=0o600)) as stream:
+            try:
+                mine = _lock(stream.fileno(), exclusive=True) and _is_at(stream, part)
+                if not mine:
+                    raise _error(
+                        StoreBusyError, part, "another backup writes it: try again"
+                    )
+                os.chmod(part, 0o600)
+                stream.truncate(0)
+                yield part
+                os.fsync(stream.fileno())
+                _refuse_target(target)
+                os.rename(part, target)
+            finally:
+                if mine and _is_at(stream, part):  # it has not got the target's name
+                    os.unlink(part)
+        folder = os.open(os.path.dirname(target), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, sqlite3.Error) as error:
+        of_source = _code(error) not in (0, *_NO_PLACE)
+        if of_source or isinstance(error, StoreError) or not _is_own(error):
+            raise
+        raise _explained(error, target) from error
+
+
+def _refuse_target(target: str) -> None:
+    try:
+        os.lstat(target)
+    except FileNotFoundError:
+        return
+    raise _error(StoreError, target, "something is there already: name a new file")
+
+
+def _is_at(stream: io.FileIO, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(descriptor: int, exclusive: bool) -> bool:
+    """Take the lock of flock(2), without waiting; True too where a system has none."""
+    try:
         import fcntl
-
-        try:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise _error(StoreBusyError, source, "another process has it locked: end that") from None
-            time.sleep(0.01)
-        except OSError:
-            break
-
-
-def _add_entries(sql: SQL, file: _BoltFile) -> dict[str, int]:
-    """Scopes once were at the top; a nested one wins. A faulty migration moved runs into one."""
-    import zlib
-
-    counts = dict.fromkeys(ImportSummary._fields[:-1], 0)
-
-    def add(kind: str, statement: str, cells: Cells) -> None:
-        counts[kind] += sql.execute(statement, cells).rowcount
-        if value and len(value) > _LARGE:  # bound until something else is: NULL, which is IGNOREd
-            sql.execute(statement, dict.fromkeys(cells))
-
-    for path, key, value in file.entries():
-        name = _cell(key)
-        try:
-            match path if value is not None else (*path, None):
-                case (None,) | (b"history" | b"process", None):
-                    if path != (b"history",) and key not in (_CONCERNS[:1] if path else _CONCERNS):
-                        counts["legacy_scopes"] += not path
-                        add("process_buckets", _ADD_BUCKET, {"bucket": name})
-                case (b"cache",):
-                    add("cache", _ADD_CACHE, {"key": name, "value": value})
-                case (b"history", _):
-                    row = _row_of_dict(ExecutionRecord, _go_object(value))
-                    if row["id"] or len(key) != 8:
-                        row["id"], identity = name, zlib.crc32(path[1] + b"\0" + key)
-                    else:  # known again by its number and JSON
-                        identity = (zlib.crc32(key) << 32 | zlib.crc32(value)) - (1 << 63)
-                    row.update(ref=_cell(path[1]), identity=identity, process="")
-                    add("history", _ADD_RECORD, row)
-                case (b"background",) | (b"process", b"background") if not path[1:] or _is_run(key, value):
-                    row = _row_of_dict(BackgroundRun, _go_object(value))
-                    add("recovered_runs" if path[1:] else "background", _ADD_RUN, row | {"id": name})
-                case (b"process", _) | (_,) if path[1:] or path[0] not in _CONCERNS:
-                    if path[-1] in _CONCERNS[:1]:
-                        add("process_buckets", _ADD_BUCKET, {"bucket": "background"})
-                    large = len(value) > _LARGE  # then without a str
-                    statement = _ADD_TEXT if large and _is_utf8(value) else _ADD_VAR
-                    add("process_vars", statement, {"bucket": _cell(path[-1]), "key": name,
-                                                    "value": value if large else _cell(value)})
-                case _:
-                    raise ValueError("not what the original writes there")
-        except (ValueError, TypeError, sqlite3.DataError) as error:  # DataError: larger than SQLite takes
-            file.problem(path, key, str(error))
-    return counts
-
-
-_ADD_TEXT = _ADD_VAR.replace(":value", "CAST(:value AS TEXT)")
-_LARGE = 1 << 20  # bytes
-_CONCERNS = (b"background", b"cache", b"history", b"process")
-
-
-def _cell(data: bytes | memoryview) -> Cell:
+    except ImportError:
+        return True
     try:
-        return str(data, "utf-8")
-    except UnicodeDecodeError:
-        return bytes(data)
-
-
-def _is_utf8(data: memoryview) -> bool:
-    at = 0
-    try:
-        while at < len(data):
-            at += codecs.utf_8_decode(data[at : at + _LARGE], "strict", at + _LARGE >= len(data))[1]
-    except UnicodeDecodeError:
+        fcntl.flock(
+            descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB
+        )
+    except BlockingIOError:
         return False
     return True
 
 
-def _is_run(key: bytes, value: memoryview) -> bool:
+def _seconds(timeout: object) -> float:
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout must be a number, not {type(timeout).__name__}")
+    if not timeout >= 0:
+        raise ValueError("timeout must be 0 or more seconds")
+    return float(min(timeout, 1e6))  # about what time.sleep() and SQLite take
+
+
+def _resolved(path: str) -> str:
+    """The file that a path leads to through links, whether or not it is there yet. What
+    SQLite puts beside a file lies there."""
     try:
-        data = _go_object(value)
-        return {"pid", "status"} <= data.keys() and data["id"] == _well_formed(_str(key))
-    except (ValueError, TypeError):
-        return False
-
-
-def _go_object(value: memoryview) -> dict[str, Any]:
-    """A record's JSON by its tags, as Go's decoder takes it; null is an empty one."""
-    text = str(value, "utf-8", "surrogateescape")
+        return os.path.realpath(path, strict=True)
+    except FileNotFoundError:
+        pass
+    folder, name = os.path.split(path)
     try:
-        data = _go_decoder().decode(text)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    if not isinstance({} if data is None else data, dict):
-        raise TypeError("it is no JSON object")
-    data = {"id": "", "ref": "", "startedAt": "0001-01-01T00:00:00Z", **(data or {})}
-    if "\\u" in text or not text.isascii():
-        data = {tag: _well_formed(each) if isinstance(each, str) else each for tag, each in data.items()}
-    return data
+        return _resolved(os.path.join(folder, os.readlink(path)))
+    except FileNotFoundError:
+        return os.path.join(_resolved(folder), name)
 
 
-def _well_formed(text: str) -> str:
-    """Each lone surrogate, an escape or a byte that is no UTF-8, becomes U+FFFD."""
+# ---- PostgreSQL ----
+
+_SCHEMA = "flowstore"
+# As libpq takes it apart, which ends a password at the first @ or /. Where another @ follows,
+# one of them belongs to a part, and libpq would show pieces of a password in its messages.
+_SERVER_URL = (
+    r"(postgres(?:ql)?://)([^@/:]*(:[^@/]*)?@)?([^@/?]*(?:/[^@?]*)?)(?:\?([^@]*))?"
+)
+_BAD_ESCAPE = "%(?!(?!00)[0-9A-Fa-f]{2})"
+_SECRET = "password|secret"
+
+# What stands there for the words of _TABLES, in this order. Text sorts by code points.
+_SERVER_TYPES = {
+    "seq INTEGER PRIMARY KEY": "seq BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY",
+    " INTEGER": " BIGINT",
+    " TEXT": ' TEXT COLLATE "C"',
+    " BLOB": " BYTEA",
+}
+# The one row of this table is the store's lock, and says by its version that it is one.
+_STORE_TABLE = "CREATE TABLE store (version INTEGER NOT NULL)"
+
+# All that a transaction depends on, whatever the role, the database or a pool has set: 0 is
+# no limit. The probes find a machine that has vanished within half a minute.
+_BEGIN = """
+    BEGIN ISOLATION LEVEL {isolation}; SET LOCAL search_path = {schema}, pg_temp;
+    SET LOCAL client_encoding = 'UTF8'; SET LOCAL bytea_output = 'hex';
+    SET LOCAL lock_timeout = {milliseconds}; SET LOCAL statement_timeout = 0;
+    SET LOCAL idle_in_transaction_session_timeout = 0; SET LOCAL tcp_keepalives_idle = 10;
+    SET LOCAL tcp_keepalives_interval = 5; SET LOCAL tcp_keepalives_count = 3;
+    SET LOCAL tcp_user_timeout = 25000"""
+_DRIVER_OPTIONS = {
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25000,
+}
+# to_regclass() would answer from a cache that may be old
+_LOOK = """
+    SELECT 'encoding', current_setting('server_encoding')
+    UNION ALL
+    SELECT 'schema', CAST(nspname AS TEXT) FROM pg_catalog.pg_namespace
+    WHERE nspname = :schema
+    UNION ALL
+    SELECT CAST(relkind AS TEXT), CAST(relname AS TEXT) FROM pg_catalog.pg_class
+    JOIN pg_catalog.pg_namespace AS named ON named.oid = relnamespace
+    WHERE nspname = :schema"""
+# Which server and database: a copy of a server's files has another start.
+_WHERE = """
+    SELECT CAST(EXTRACT(EPOCH FROM pg_postmaster_start_time()) * 1000000 AS BIGINT), oid
+    FROM pg_catalog.pg_database WHERE datname = current_database()"""
+
+# What the codes of PostgreSQL mean to a user (its documentation, appendix A). What isn't
+# here is a StoreError with the server's own words.
+_LOCKED = "others keep it locked: try again, or wait longer by timeout="
+_NO_REACH = "the server can't be reached, or was lost: see that it runs, and try again"
+_READ_ONLY = "this server can only be read (a standby?): name the one that is written to"
+_SERVER_ADVICE = {
+    "": _NO_REACH,
+    "08": _NO_REACH,
+    "57P01": _NO_REACH,
+    "57P02": _NO_REACH,
+    "55P03": _LOCKED,
+    "40P01": _LOCKED,
+    "40001": _LOCKED,
+    "53300": "the server has too many clients: try again, or wait longer by timeout=",
+    "57P03": "the server is starting or stopping: try again",
+    "57014": "the statement was cancelled: try again",
+    "28P01": "wrong password: write it percent-encoded, or see PGPASSWORD and ~/.pgpass",
+    "28000": "the server doesn't let this user in: check its name, and pg_hba.conf there",
+    "3D000": "there is no such database: create it, or name another",
+    "42501": "this role lacks a right: have it granted",
+    "42P01": "a table of it is missing: restore it, or destroy the store",
+    "25006": _READ_ONLY,
+    "0A000": _READ_ONLY,
+    "25P03": "the server ended a transaction that was idle: raise its limit",
+    "53100": "the server's disk is full, and nothing was changed: make room",
+    "54000": "a value is larger than PostgreSQL takes: keep it in a file",
+}
+_SERVER_BUSY = ("55P03", "40P01", "40001", "53300", "57P03", "57014")
+# While others make the tables, or drop them; and what passes while connecting.
+_SERVER_AGAIN = (
+    *("23505", "42P06", "42P07", "40001", "40P01", "XX000", "3F000", "42P01"),
+    *("53300", "57P03"),
+)
+# psycopg gives no code while connecting, only the server's words.
+_CONNECT_PHRASES = {
+    "too many": "53300",
+    "connection slots are reserved": "53300",
+    "starting up": "57P03",
+    "shutting down": "57P03",
+    "in recovery mode": "57P03",
+    "not yet accepting": "57P03",
+    "password authentication failed": "28P01",
+    "no password supplied": "28P01",
+    "no pg_hba.conf entry": "28000",
+    "authentication failed": "28000",
+    "does not exist": "3D000",
+}
+
+
+def _sqlstate(error: BaseException) -> str | None:
+    """A driver's code for an error, "" where it has none; None for what isn't a driver's:
+    those have a class named Error (PEP 249), or are the system's, with a number."""
+    if isinstance(error, StoreError):
+        return None
+    system = isinstance(error, OSError) and error.errno is not None
+    if not system and "Error" not in [each.__name__ for each in type(error).__mro__]:
+        return None
+    code = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    if code:
+        return str(code)
+    if error.args and isinstance(error.args[0], dict):  # pg8000
+        return str(error.args[0].get("C", ""))
+    for phrase, meaning in _CONNECT_PHRASES.items():
+        if phrase in str(error):
+            return meaning
+    return ""
+
+
+def _server_error(
+    error: BaseException, store: PostgresDataStore, unknown: str = ""
+) -> StoreError:
+    """The store's error for one of a driver, in one line without a password."""
     import re
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+    code = _sqlstate(error) or ""
+    words = str(error)
+    if error.args and isinstance(error.args[0], dict):
+        words = error.args[0].get("M", words)
+    elif getattr(error, "sqlstate", None):
+        words = words.partition("\n")[0]  # what follows may quote a value
+    words = " ".join(words.replace(store._url, store.path).split())
+    words = re.sub(r"(//[^\s/@:]*):[^\s@]*@", r"\1@", words)
+    words = re.sub(r"((password|secret)\w*=)[^\s&]*", r"\1***", words)
+    kind = StoreBusyError if code in _SERVER_BUSY and not unknown else StoreError
+    advice = _SERVER_ADVICE.get(code) or _SERVER_ADVICE.get(code[:2], "PostgreSQL says")
+    return _error(kind, store.path, f"{unknown or advice} ({words})")
 
 
 @cache
-def _go_decoder() -> Any:
-    import json
-    tags = {name: tag for tag in map(_tag, ExecutionRecord._fields) for name in (tag, tag.lower())}
+def _positional(statement: str) -> tuple[str, list[str]]:
+    """A statement as PEP 249 drivers of format `format` take it, and its values' names."""
+    import re
 
-    def by_tag(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        # lower() knows the Kelvin sign, but not the long s; null changes nothing but the one pointer
-        return {tag: value for name, value in pairs
-                if (tag := tags.get(name) or tags.get(name.lower().replace("\u017f", "s")))
-                and (value is not None or tag == "completedAt")}
-
-    # 21 digits are too many for 64 bits, as all of them; int() takes neither NaN nor Infinity
-    return json.JSONDecoder(
-        object_pairs_hook=by_tag, parse_int=lambda digits: int(digits[:21]), parse_constant=int)
+    return re.sub(r":\w+", "%s", statement), re.findall(r":(\w+)", statement)
 
 
-_META = "<4I6Q"  # magic, version, page size, flags, root, sequence, freelist, end, txid, sum
-_PAGE = "<QHHI"  # id, flags (1 branch, 2 leaf), count, overflow
-_LEAF = "<4I"  # flags (1 bucket), pos, key size, value size
-_BRANCH = "<IIQ"  # pos, key size, page
+_begun: set[_ServerConnection] = set()  # the connections that are in a transaction
+
+
+class _ServerConnection:
+    """One connection to a server. Only here it is opened, and transactions begun and ended.
+    `with` encloses each use of it: any exception in it closes the connection, which may be
+    in the middle of an answer, and what a driver raises becomes a StoreError."""
+
+    def __init__(self, store: PostgresDataStore, held: bool = False) -> None:
+        self.store = store
+        self.held = held  # by a session, over several uses
+        self.sql: Any = None  # the driver's connection, while it is open
+        self.writes = False  # whether its transaction may write
+        self.pid = os.getpid()
+        self.thread = 0  # that holds a transaction() on it
+
+    def __enter__(self) -> Execute:
+        return self.execute
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None and not self.thread:
+            self.rollback()
+        if error is not None or not self.held:
+            self.close()
+        if error is not None and _sqlstate(error) is not None:
+            raise _server_error(error, self.store) from error
+
+    @contextmanager
+    def transact(self, write: bool) -> Iterator[Execute]:
+        with self as execute:
+            there = self.begin(write)
+            yield execute if there else _find_nothing
+            if write:
+                self.commit()
+
+    def execute(self, statement: str, values: Values) -> Any:
+        """Execute a statement in the transaction that was begun; a session's single read
+        begins its own. Where a table is missing, somebody may have dropped the store."""
+        if not self.in_transaction() and not self.begin(False):
+            return _NoRows()
+        try:
+            return self.run(statement, values)
+        except Exception as error:
+            if self.writes or _sqlstate(error) != "42P01":
+                raise
+        self.rollback()
+        self.store._known = False
+        return self.run(statement, values) if self.begin(False) else _NoRows()
+
+    def run(self, statement: str, values: Values | None = None) -> Any:
+        cursor = self.sql.cursor()
+        if values:
+            text, names = _positional(statement)
+            cursor.execute(text, [values[name] for name in names])
+        else:
+            cursor.execute(statement)  # which may be several, or have a name with a %
+        return cursor
+
+    def begin(self, write: bool) -> bool:
+        """Take the write lock, or a snapshot. Whether there is a store; a write makes it."""
+        began = time.monotonic()
+        slept = 0.0  # what counts where somebody has frozen the clock
+        used = self.sql is not None
+        while True:
+            left = self.store._timeout - max(time.monotonic() - began, slept)
+            try:
+                return self.begin_here(write, left)
+            except Exception as error:
+                code = _sqlstate(error)
+                if code is None:
+                    raise
+                self.close()
+                died = code == "" or code.startswith(("08", "57"))
+                if not (used and died) and (code not in _SERVER_AGAIN or left <= 0):
+                    raise
+            used = False  # so that what has died since its last use is replaced once
+            self.store._known = False
+            pause = 0.02 * (time.perf_counter_ns() % 1000) / 1000
+            time.sleep(pause)
+            slept += pause
+
+    def begin_here(self, write: bool, left: float) -> bool:
+        if self.sql is None:
+            self.open(left)
+        self.start(write, left)
+        if not self.store._known and not self.look(write):
+            self.rollback()
+            return False
+        if write or not self.store._known:
+            lock = " FOR UPDATE" if write else ""
+            self.verify(self.run(f"SELECT version FROM {self.store._quoted}.store{lock}"))
+        return True
+
+    def open(self, left: float) -> None:
+        store = self.store
+        if store._connect:
+            self.sql = store._connect()
+            self.sql.commit()  # what was left open would not take our isolation
+            return
+        options = {"connect_timeout": max(int(left), 2), **_DRIVER_OPTIONS}
+        for name in store._url_options.intersection(options):
+            del options[name]
+        # through a pooler, a prepared statement would meet another of its connections
+        fixed = {"prepare_threshold": None, "autocommit": True, "client_encoding": "UTF8"}
+        self.sql = store._driver.connect(store._url, **fixed, **options)
+
+    def start(self, write: bool, left: float) -> None:
+        """Begin a transaction, with all that it depends on."""
+        isolation = "READ COMMITTED READ WRITE" if write else "REPEATABLE READ READ ONLY"
+        beginning = _BEGIN.format(
+            isolation=isolation,
+            schema=self.store._quoted,
+            milliseconds=max(int(left * 1000), 1),
+        )
+        self.run(beginning)
+        _begun.add(self)
+        self.writes = write
+        for each in list(_begun) if write else ():
+            mine = each.writes and each.thread == get_ident() and each.pid == self.pid
+            if mine and each is not self and each.where() == self.where():
+                reason = (
+                    "this thread holds a transaction() on it, and would wait for itself"
+                )
+                raise RuntimeError(f"{self.store.path}: {reason}")
+
+    def where(self) -> tuple[object, ...]:
+        """What is equal for connections to one store."""
+        return (*self.run(_WHERE).fetchone(), self.store._schema)
+
+    def look(self, make: bool) -> bool:
+        """Whether the schema has the store's tables, which may be made where it is empty or
+        missing. One with something else is refused."""
+        path, schema = self.store.path, self.store._schema
+        rows = [tuple(row) for row in self.run(_LOOK, {"schema": schema}).fetchall()]
+        encoding = dict(rows)["encoding"]
+        if encoding != "UTF8":
+            reason = f"the database's encoding is {encoding}: name one that has UTF8"
+            raise _error(StoreError, path, reason)
+        there = ("schema", schema) in rows
+        missing = {"store", *_TABLES}.difference(
+            name for kind, name in rows if kind == "r"
+        )
+        if missing and len(rows) > 1 + there:
+            reason = f"the schema {schema!r} has something else in it, and no table"
+            reason += f" {min(missing)!r}: name another by schema=, or restore a backup"
+            raise _error(StoreError, path, reason)
+        if missing and make:
+            self.create(there)
+        return make or not missing
+
+    def create(self, there: bool) -> None:
+        """Make the tables. Others who do so at the same time fail, and look again."""
+        if not there:
+            self.run(f"CREATE SCHEMA {self.store._quoted}")
+        for definition in (_STORE_TABLE, *_TABLES.values(), *_INDEXES):
+            for word, other in _SERVER_TYPES.items():
+                definition = definition.replace(word, other)
+            self.run(definition)
+        self.run(f"INSERT INTO store (version) VALUES ({_VERSION})")
+
+    def verify(self, rows: Iterable[Row]) -> None:
+        """Refuse a store of another version, or what isn't one any more."""
+        versions = [version for (version,) in rows]
+        if versions == [_VERSION]:
+            self.store._known = True
+            return
+        reason = f"the schema {self.store._schema!r} is "
+        if len(versions) != 1:
+            reason += "no whole store: its table 'store' was emptied; restore a backup"
+        elif versions[0] > _VERSION:
+            reason += f"of version {versions[0]}: update flowstore"
+        else:
+            reason += f"of version {versions[0]}, an unreleased one: name another"
+        raise _error(StoreError, self.store.path, reason)
+
+    def prepare(self) -> None:
+        """See that there is a store that can be read, made where it is missing."""
+        there = self.begin(False)
+        self.rollback()
+        if not there:
+            self.begin(True)
+            self.commit()
+
+    def in_transaction(self) -> bool:
+        return self in _begun
+
+    def commit(self) -> None:
+        try:
+            self.sql.commit()
+        except Exception as error:
+            if _sqlstate(error) is None:
+                raise
+            unknown = "it failed while committing: look whether that has taken effect"
+            raise _server_error(error, self.store, unknown) from error
+        _begun.discard(self)
+
+    def rollback(self) -> None:
+        if self.in_transaction():
+            _begun.discard(self)
+            if not _succeeds(self.sql.rollback):
+                self.close()
+
+    def give_space_back(self) -> None:
+        """The server does so by itself."""
+
+    def close(self) -> None:
+        """Close it, but never in a forked child: that would end the parent's session."""
+        _begun.discard(self)
+        sql, self.sql = self.sql, None
+        if sql is not None and self.pid == os.getpid():
+            _succeeds(sql.close)
+
+
+def _succeeds(end: Callable[[], object]) -> bool:
+    """Whether a driver ends something; there is nothing left to do where it can't."""
+    try:
+        end()
+    except Exception as error:
+        if _sqlstate(error) is None:
+            raise
+        return False
+    return True
+
+
+class PostgresDataStore(_SQLStore):
+    """A store in a PostgreSQL database, for several machines.
+
+    url: postgresql://user:password@host:port/database?schema=NAME, as libpq takes it besides
+    the schema, which has the store's tables, made where they are missing; the argument
+    schema wins, the default is "flowstore". timeout: the seconds that an operation waits for
+    others. connect: what returns a new connection of a PEP 249 driver of paramstyle format
+    or pyformat, which is closed after use; else psycopg 3 connects. Every operation has a
+    connection of its own: take a session() for loops. `path` is the URL without a password.
+    """
+
+    _name_limit = (
+        1300  # bytes; two share an index row of 2,704: bucket and key, ref and id
+    )
+    _judges_unnoted = False
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        schema: str | None = None,
+        timeout: float = 3.0,
+        connect: Callable[[], object] | None = None,
+    ) -> None:
+        import re
+        from urllib.parse import quote, unquote
+
+        self._timeout = _seconds(timeout)
+        if connect is not None and not callable(connect):
+            raise TypeError("connect must be callable")
+        found = re.fullmatch(_SERVER_URL, _text("url", url))
+        if found is None or re.search(_BAD_ESCAPE, url):
+            reason = (
+                "url must be postgresql://user:password@host:port/database?name=value"
+            )
+            raise ValueError(
+                f"{reason}, with %40 for @, %2F for / and %25 for % in a part"
+            )
+        scheme, credentials, password, place, query = found.groups("")
+        options = {}  # by their names, as they are written
+        for part in filter(None, query.split("&")):
+            options[unquote(part.partition("=")[0])] = part
+        given = unquote(options.pop("schema", f"schema={_SCHEMA}").partition("=")[2])
+        self._schema = given if schema is None else _text("schema", schema)
+        if not 0 < len(self._schema.encode()) <= 63:  # the server would cut it
+            raise ValueError("schema must have 1 to 63 bytes")
+        self._quoted = _quoted(self._schema)
+        self._url_options = set(options)
+        self._url = scheme + credentials + place + _query(options.values())
+        if self._schema != _SCHEMA:
+            options["schema"] = f"schema={quote(self._schema, safe='')}"
+        self._whole_url = scheme + credentials + place + _query(options.values())
+        shown = [part for name, part in options.items() if not re.search(_SECRET, name)]
+        user = credentials.replace(f"{password}@", "@")
+        self.path = scheme + user + place + _query(shown)
+        self._connect: Any = connect
+        self._driver: Any = None if connect else self._psycopg()
+        self._known = False  # whether the schema has been found to be a store
+        self._prepare()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r})"
+
+    def _psycopg(self) -> object:
+        try:
+            import psycopg
+        except ImportError as error:
+            reason = f"its driver is missing: pip install 'flowstore[postgres]' ({error})"
+            raise _error(StoreError, self.path, reason) from error
+        return psycopg
+
+    def _prepare(self) -> None:
+        """Make the store where it is missing, or fail at once."""
+        connection = _ServerConnection(self)
+        with connection:
+            connection.prepare()
+
+    def _connection(self, held: bool = False) -> _ServerConnection:
+        return _ServerConnection(self, held)
+
+    def _whole(self, operation: str) -> PostgresDataStore:
+        return self
+
+    def _patient(self) -> PostgresDataStore:
+        import copy
+
+        store = copy.copy(self)
+        store._timeout = max(self._timeout, _END_PATIENCE)
+        return store
+
+    def _address(self) -> str:
+        return self._whole_url
+
+    def _identity(self) -> object:
+        connection = _ServerConnection(self)
+        with connection:
+            connection.begin(False)
+            return connection.where()
+
+    def _destroy(self) -> None:
+        connection = _ServerConnection(self)
+        with connection:
+            if not connection.begin(False):
+                return
+            connection.rollback()
+            connection.start(True, self._timeout)
+            # not the row's lock: who waits for that has the table, so it would be a deadlock
+            connection.run("LOCK TABLE store")
+            for name in ("store", *_TABLES):
+                connection.run(f"DROP TABLE {name}")
+            connection.commit()
+            self._known = False
+            connection.start(True, self._timeout)
+            try:
+                connection.run(f"DROP SCHEMA {self._quoted}")
+                connection.commit()
+            except Exception as error:
+                # something is in it, it is another's, or somebody has dropped it
+                if _sqlstate(error) not in ("2BP01", "42501", "3F000"):
+                    raise
+
+    def _report(self) -> dict[str, object]:
+        """What `check` tells: that the tables are there, and what is in them."""
+        self._known = False
+        with _lone_transaction(self, write=False) as reader:
+            [[server]] = reader._fetch("SELECT current_setting('server_version')")
+            counts = {
+                name: reader._fetch(f"SELECT count(*) FROM {name}")[0][0]
+                for name in _TABLES
+            }
+        return {"path": self.path, "schema": _VERSION, "server": server, **counts}
+
+
+def _query(parts: Iterable[str]) -> str:
+    joined = "&".join(parts)
+    return f"?{joined}" if joined else ""
+
+
+# ---- the end of a store, moving old data ----
+
+
+class _ExistingStore(SQLiteDataStore):
+    """A file's store that naming it doesn't make."""
+
+    def _prepare(self) -> None:
+        pass
+
+
+class _ExistingServerStore(PostgresDataStore):
+    """The same of a server."""
+
+    def _prepare(self) -> None:
+        pass
+
+
+def open_store(
+    where: str | os.PathLike[str] | None = None, *, timeout: float = 3.0
+) -> SQLiteDataStore | PostgresDataStore:
+    """The store of a path or a URL (postgresql://…); None or "" is what $FLOWSTORE_PATH
+    says, else the default file."""
+    return _store_at(where, SQLiteDataStore, timeout)
+
+
+def _store_at(
+    where: str | os.PathLike[str] | None,
+    file_store: type[SQLiteDataStore],
+    timeout: float = 3.0,
+) -> SQLiteDataStore | PostgresDataStore:
+    name = ("" if where is None else os.fsdecode(where)) or default_path()
+    if _is_url(name):
+        existing = file_store is _ExistingStore
+        return (_ExistingServerStore if existing else PostgresDataStore)(
+            name, timeout=timeout
+        )
+    return file_store(name, timeout=timeout)
+
+
+def destroy_store(path: str | os.PathLike[str] | None = None) -> None:
+    """Remove a store: its file, or its tables where path is a URL. A missing one is no
+    error; what is no store is refused, and left as it is. StoreBusyError where a process
+    keeps the file open for longer than 3 seconds: then the empty file is left."""
+    _store_at(path, _ExistingStore)._destroy()
+
+
+def _empty(execute: Execute) -> None:
+    """Drop all tables, and mark the file as blank."""
+    for (name,) in execute(_PLAIN_TABLES, {}).fetchall():
+        execute(f"DROP TABLE {_quoted(name)}", {})
+    execute("PRAGMA user_version = 0", {})
+
+
+def _unlink(connection: _Connection) -> bool:
+    """Remove an emptied file; False where that is to be tried again.
+
+    In WAL mode others could go on writing to a file that has lost its name, and a new one
+    would meet its -wal: so it leaves that mode, and goes while nobody else has it open.
+    """
+    if connection.begin(False) or not connection.sql:
+        return True  # others have made a new store of it, which stays, or have removed it
+    connection.rollback()
+    try:
+        connection.sql.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
+        connection.sql.execute("PRAGMA journal_mode = MEMORY").fetchall()
+        connection.sql.execute("BEGIN EXCLUSIVE")
+        if connection.identify():
+            return True
+        if connection.has_moved():
+            return False
+        os.unlink(connection.store._file)
+        return True
+    except sqlite3.OperationalError as error:
+        connection.recover(error, established=False, elsewhere=False)
+        return False
+
+
+def migrate_process_buckets(path: str | os.PathLike[str] | None = None) -> list[str]:
+    """Move the other tables of a file that have exactly the columns `key` and `value` into
+    the scopes of their names, in one transaction; returns these names, in order.
+
+    A variable that is there wins; of duplicate keys the last row counts. NULL becomes "", a
+    BLOB its text with undecodable bytes as \\xff, a number its decimal text; a row without
+    key is left out. A missing file stays missing; a second call changes nothing.
+    """
+    store = _ExistingStore(path)
+    if not store._fetch(_LEGACY_TABLES):
+        return []  # without a write
+    with store._transact(write=True) as execute:
+        buckets = [bucket for (bucket,) in execute(_LEGACY_TABLES, {}).fetchall()]
+        for bucket in buckets:
+            execute(_ADD_BUCKET, {"bucket": bucket})
+            # as bytes, which SQLite makes of every type; in the table's own order
+            cells = f"CAST(key AS BLOB), CAST(value AS BLOB) FROM {_quoted(bucket)}"
+            rows = execute(f"SELECT {cells} NOT INDEXED", {}).fetchall()
+            for key, value in reversed(rows):  # since _ADD_VAR lets stay what is there
+                if key:
+                    values = {"bucket": bucket, "key": _legacy_text(key)}
+                    execute(_ADD_VAR, {**values, "value": _legacy_text(value or b"")})
+            execute(f"DROP TABLE {_quoted(bucket)}", {})
+    return buckets
+
+
+def _legacy_text(cell: bytes) -> str:
+    return cell.decode("utf-8", "backslashreplace").replace("\0", "\\x00")
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+class _Import:
+    """What is added to a store in one transaction of it: what it has already wins."""
+
+    def __init__(self, writer: Session, progress: Callable[[int], object] | None) -> None:
+        self.writer = writer
+        self.progress = progress  # called with the number of entries, now and then
+        self.entries = 0
+        self.counts = dict.fromkeys(ImportSummary._fields[:-1], 0)
+        self.problems: list[tuple[str, str, str]] = []
+
+    def add(self, kind: str, statement: str, **values: object) -> None:
+        """Execute a statement, and count what it adds."""
+        self.entries += 1
+        if self.progress and self.entries % 1000 == 0:
+            self.progress(self.entries)
+        try:
+            for what in ("bucket", "key", "ref", "id"):
+                if values.get(what):
+                    self.writer._name(what, values[what])
+        except ValueError as error:
+            bucket, key = (
+                values.get("bucket", kind),
+                values.get("key") or values.get("ref"),
+            )
+            self.problem(str(bucket), str(key), str(error))
+        else:
+            self.counts[kind] += self.writer._run(statement, **values)
+
+    def problem(self, bucket: str, key: str, reason: str) -> None:
+        self.problems.append((bucket, key, reason))
+
+    def summary(self) -> ImportSummary:
+        return ImportSummary(**self.counts, problems=tuple(self.problems))
+
+
+def copy_store(
+    source: SQLiteDataStore | PostgresDataStore,
+    target: SQLiteDataStore | PostgresDataStore,
+) -> ImportSummary:
+    """Add all that one store has to another, in one transaction of the target.
+
+    What the target has wins, so a second time changes nothing; records without an id are the
+    same where all that they say agrees. It reads one moment of the source, and keeps the
+    order of insertion and the owners of what runs. ValueError for a store into itself.
+    """
+    return _copy_store(source, target, None)
+
+
+def _copy_store(
+    source: _SQLStore, target: _SQLStore, progress: Callable[[int], object] | None
+) -> ImportSummary:
+    for store in (source, target):
+        if not isinstance(store, _SQLStore):
+            raise TypeError(f"copy_store() takes two stores, not {type(store).__name__}")
+    if source._whole("copy_store")._identity() == target._whole("copy_store")._identity():
+        raise ValueError(f"{source.path}: a store can't be copied into itself")
+    with _lone_transaction(source, write=False) as reader, target.transaction() as writer:
+        added = _Import(writer, progress)
+        for kind, read, add, columns in _COPIED:
+            for values in _pages(reader, read, columns):
+                added.add(kind, add, **values)
+    return added.summary()
+
+
+def _pages(reader: Session, statement: str, columns: Sequence[str]) -> Iterator[Values]:
+    """The rows of a whole table by their columns; only a page is in memory at once."""
+    row: Values = {"seq": 0, "key": "", "id": "", "bucket": ""}  # before all of them
+    while True:
+        rows = reader._fetch(statement, **row, limit=_PAGE)
+        for cells in rows:
+            row = dict(zip(columns, cells))
+            yield row
+        if len(rows) < _PAGE:
+            return
+
+
+# ---- files of the original ----
+
+
+def import_bolt(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str] | DataStore | None = None,
+) -> ImportSummary:
+    """Add all that a file of the original has to a store, in one transaction.
+
+    path: a file, a URL or a store; None or "" is the default store. What the store has
+    wins, so a second time changes nothing; records without an id are the same where all
+    that they say agrees. The source is only read, under a shared lock. StoreError with
+    the source as its path where that can't be read: then no store is made.
+    """
+    store = path if isinstance(path, DataStore) else _store_at(path, _ExistingStore)
+    if not isinstance(store, _SQLStore):
+        raise TypeError(f"import_bolt() can't import into a {type(store).__name__}")
+    return _import_bolt(os.fsdecode(source), store, None)
+
+
+def _import_bolt(
+    source: str, store: _SQLStore, progress: Callable[[int], object] | None
+) -> ImportSummary:
+    # no store, but its path is found and its lock awaited as a store's
+    place = _ExistingStore(source, timeout=store._whole("import_bolt")._timeout)
+    try:
+        file = _BoltFile(_content(place))
+    except (OSError, ValueError) as error:
+        if isinstance(error, StoreError) or not _is_own(error):
+            raise
+        kind = StoreError if isinstance(error, OSError) else CorruptStoreError
+        reason = getattr(error, "strerror", None) or error
+        raise _error(
+            kind, place.path, f"{reason}: name a file of the original"
+        ) from error
+    with store.transaction() as writer:
+        added = _Import(writer, progress)
+        _BoltImport(file, added).add_all()
+    return added.summary()
+
+
+def _content(place: _ExistingStore) -> bytes:
+    """What a file of bbolt has, read under the lock that bbolt takes. ValueError for what
+    can't be one.
+
+    Closing a file drops this process's locks on it, and others would take away the log of
+    a store that is open. Only an empty or an SQLite file is a store, or may become one.
+    """
+    file = place._file
+    with _gate.files:  # no thread opens a store meanwhile
+        if file in [each.store._file for each in _gate.known()]:
+            raise ValueError("it is a store, which this process has open")
+        if not stat.S_ISREG(os.stat(file).st_mode):  # to open a pipe would wait
+            raise ValueError("it is no regular file")
+        with open(file, "rb") as stream:
+            start = stream.read(16)
+    if start == b"SQLite format 3\0":
+        raise ValueError("it is an SQLite file; if it is a store, use copy_store()")
+    if not start:
+        raise ValueError("it is empty")
+    waiting = _Waiting(place)
+    with open(file, "rb") as stream:
+        while not _lock(stream.fileno(), exclusive=False):
+            waiting.sleep()
+        return stream.read()
+
+
+# A file of bbolt is pages of one size, which its first two, the meta pages, tell
+# (https://github.com/etcd-io/bbolt, internal/common). A page is a head, a table of its
+# entries, and their keys and values, end to end.
+_META = "<8sI4x16s16x2Q"  # magic and version, page size, root, transaction, checksum
+_HEAD = "<Q2HI"  # number, flags, how many entries, how many more pages it goes on for
+_BRANCH, _LEAF = 1, 2  # flags of a page
+# In a branch: position of the key from here, its size, page, the page's upper half (0).
+# In a leaf: 1 for a bucket, position of the key from here, its size, size of the value.
+_ENTRY = "<4I"
+_PAGE_SIZES = [1 << power for power in range(9, 32)]
+_VALUE, _BUCKET = "a value", "a bucket"
+
+if TYPE_CHECKING:
+    BoltEntry: TypeAlias = tuple[str, bytes, bytes]  # what it is, key, value
+    BoltPath: TypeAlias = tuple[bytes, ...]  # the names that lead to a bucket
 
 
 class _BoltFile:
-    """A file of bbolt; its problems are bucket, key (or "") and reason of what can't be read."""
-    def __init__(self, data: Any) -> None:
-        import struct
+    """The entries of a file of bbolt. Nothing that it says is believed: a number leads to
+    a page that says it is that one, or nowhere, and to each page once."""
 
+    def __init__(self, data: bytes) -> None:
+        """ValueError for what is no file of bbolt, or has no root to begin at."""
         self.data = data
-        self.problems: list[tuple[str, str, str]] = []
-        self.room, self.unnamed = 2 * len(data) + (16 << 20), 0  # bytes for the problems, how many are beyond
-        sizes = [1 << n for n in range(9, 32)]
-        metas: list[tuple[int, int, int, int]] = []
-        for offset in (0, *sizes):
-            if metas and offset != metas[0][1]:
-                continue  # what looks like one elsewhere is none
-            meta = data[offset + 16 : offset + 80].ljust(64)
-            magic, version, size, _, root, _, _, pages, txid, checksum = struct.unpack(_META, meta)
-            fnv = 0xCBF29CE484222325
-            for byte in meta[:-8]:
-                fnv = (fnv ^ byte) * 0x100000001B3 % 2**64
-            if (magic, version, checksum) == (0xED0CDAED, 2, fnv) and size in sizes and offset in (0, size):
-                metas.append((txid, size, root, min(pages * size, len(data))))
+        self.pages_read: set[int] = set()
+        metas = [*_bolt_metas(data, 0)]
+        # elsewhere than behind the first, what looks like the second is a part of a value
+        for place in [metas[0][1]] if metas else _PAGE_SIZES:
+            metas += _bolt_metas(data, place)
         if not metas:
-            raise ValueError("no bbolt file, or both of its meta pages are damaged")
-        _, self.page_size, root, self.end = max(metas)
-        self.seen = bytearray(self.end // self.page_size + 1)
-        self.top = self.page(root)
+            raise ValueError("it is no bbolt file, or both of its meta pages are damaged")
+        _, self.page_size, root = max(metas)
+        self.top = list(self.entries(root))
+        if self.top and not any(key for _, key, _ in self.top):
+            raise ValueError("it is a bbolt file whose root page is damaged")
 
-    def problem(self, path: tuple[bytes, ...], key: bytes, reason: str) -> None:
-        if self.room > 0:
-            self.problems.append((_str(b"/".join(path)), _str(key), reason))
-            self.room -= 400 + 4 * (sum(map(len, path)) + len(key))
+    def entries(self, bucket: bytes) -> Iterator[BoltEntry]:
+        """The entries of a bucket, in the order of keys; what is neither _VALUE nor
+        _BUCKET is damaged. A bucket is known by the value of its entry."""
+        root = int.from_bytes(bucket[:8], "little")
+        numbers = [root]
+        while numbers:
+            number = numbers.pop()
+            page = self.page(number) if root else bucket[16:]  # where a small one lies
+            flags, table = _bolt_table(page, number)
+            if flags == _LEAF:
+                yield from _bolt_entries(page, table)
+            elif flags == _BRANCH and root:
+                numbers.extend(child for _, _, child, _ in reversed(table))
+            else:
+                yield "a page that is damaged or was there before", b"", b""
+
+    def page(self, number: int) -> bytes:
+        """A page with those that it goes on in; b"" where one of them is missing, or was
+        read before: else pages that lead to each other would never end."""
+        begin = number * self.page_size
+        more = int.from_bytes(self.data[begin + 12 : begin + 16], "little")
+        numbers = range(number, number + 1 + more)
+        end = numbers.stop * self.page_size
+        if end > len(self.data) or not self.pages_read.isdisjoint(numbers):
+            return b""
+        self.pages_read.update(numbers)
+        return self.data[begin:end]
+
+
+def _bolt_metas(data: bytes, place: int) -> Iterator[tuple[int, int, bytes]]:
+    """Transaction, page size and root bucket of the meta page at a place, if it is one."""
+    import struct
+
+    meta = data[place + 16 : place + 80].ljust(64, b"\0")
+    start, size, root, transaction, checksum = struct.unpack(_META, meta)
+    fnv = 0xCBF29CE484222325  # FNV-1a, of 64 bits
+    for byte in meta[:56]:
+        fnv = (fnv ^ byte) * 0x100000001B3 % 2**64
+    known = start == b"\xed\xda\x0c\xed\2\0\0\0" and checksum == fnv
+    if known and size in _PAGE_SIZES and place in (0, size):
+        yield transaction, size, root
+
+
+def _bolt_table(page: bytes, number: int) -> tuple[int, list[Row]]:
+    """A page's flags, 0 where it is damaged, and the table of its entries."""
+    import struct
+
+    found, flags, count, _ = struct.unpack(_HEAD, page[:16].ljust(16, b"\0"))
+    table = page[16 : 16 + 16 * count]
+    # the first entry's position, or the 0 of an empty page, tells the count again
+    place = 16 if flags == _BRANCH else 20
+    position = int.from_bytes(page[place : place + 4], "little")
+    expected = number, 16 * count, 16 * count
+    if (found, len(table), position) != expected:
+        return 0, []
+    return flags, list(struct.iter_unpack(_ENTRY, table))
+
+
+def _bolt_entries(page: bytes, table: list[Row]) -> Iterator[BoltEntry]:
+    """The entries of a leaf."""
+    starts = [16 + 16 * number + entry[1] for number, entry in enumerate(table)]
+    ends = [*starts, None][1:]  # they lie end to end, which tells their sizes again
+    for (kind, _, key_size, size), start, end in zip(table, starts, ends, strict=True):
+        middle = start + key_size
+        stop = middle + size
+        lies = starts[0] <= start and stop <= len(page) and end in (stop, None)
+        key = page[start:middle] if lies else b""
+        if not key or kind > 1 or size < 16 * kind:
+            yield "a damaged entry", key, b""
         else:
-            self.unnamed += 1
-
-    def page(self, number: int, begin: int = 0, end: int = 0) -> tuple[int, int, int, int]:
-        """Flags, table, count and end of a page (0: inline, from begin to end); ValueError if it is none."""
-        import struct
-
-        if number:
-            begin, end = number * self.page_size, self.end
-        table = begin + 16
-        head = self.data[begin:table] if table <= end else bytes(16)
-        found, flags, count, overflow = struct.unpack(_PAGE, head)
-        end = min(end, begin + (1 + overflow) * self.page_size)
-        behind = -(-end // self.page_size) if number else 0  # the page behind it
-        if found != number or flags not in (2, 1 if number else 2) or self.seen.find(1, number, behind) >= 0:
-            raise ValueError(f"its page {number} is damaged, or referred to twice")
-        self.seen[number:behind] = b"\1" * (behind - number)
-        return flags, table, count, end
-
-    def entries(self) -> Iterable[tuple[tuple[bytes, ...], bytes, Any]]:
-        """Yield bucket path, key and value (None: a bucket, before what is in it), legacy scopes last."""
-        import struct
-
-        data, view = self.data, memoryview(self.data)
-        stack: list[Any] = [((), self.top)]
-        later: list[Any] = []
-        while stack or later:
-            path, (flags, table, count, end) = (stack or later).pop()
-            body = table + 16 * count
-            # the first pos, or 0 on an empty page, tells the count again
-            told = int.from_bytes(data[table : min(table + 8, end)][4 * flags - 4 : 4 * flags], "little")
-            if told != 16 * count or body > end:
-                self.problem(path, b"", "a page of it may have more entries: its count is wrong")
-                body = min(body, end - (end - table) % 16)
-            kinds = len(path) < 100
-            children: list[tuple[Any, ...]] = []
-            if flags == 1:
-                children += ((path, child) for _, _, child in struct.iter_unpack(_BRANCH, data[table:body]))
-                body = table
-            elements = [*struct.iter_unpack(_LEAF, data[table:body])]
-            starts = [table + 16 * n + pos for n, (_, pos, _, _) in enumerate(elements)]
-            following = [*starts[1:], 0]
-            for (kind, _, key_size, size), start, after in zip(elements, starts, following, strict=False):
-                middle = start + key_size
-                stop = middle + size
-                key = data[start:middle] if body <= start and middle <= end else b""
-                # they lie end to end, so the next one's start tells the sizes again
-                if not key or kind > kinds or size < 16 * kind or stop > end or after not in (0, stop):
-                    self.problem(path, key, "the entry is damaged, or nested too deep")
-                elif not kind:
-                    yield path, key, view[middle:stop]
-                else:
-                    yield path, key, None
-                    child = int.from_bytes(data[middle : middle + 8], "little")
-                    children.append(((*path, key), child, middle + 16, stop))
-            for inner, *place in reversed(children):
-                try:
-                    page = self.page(*place)
-                    (later if inner and inner[0] not in _CONCERNS else stack).append((inner, page))
-                except ValueError as error:
-                    self.problem(inner, b"", str(error))
+            yield _BUCKET if kind else _VALUE, key, page[middle:stop]
 
 
-# ---- the command line --------------------------------------------------------------------------------------
+class _BoltImport:
+    """Adds the entries of a file of the original.
 
-_COMMANDS = """\
-set KEY [VALUE] [--global] - set a variable of the scope; without VALUE, or with -, from standard input
-get KEY [--global] - print a variable of the scope, or else of root
-list [--global] - print all variables of both
-remove KEY [--global] - remove a variable of the scope
-clear [--global] [--all] - empty the scope, or destroy the whole store
-history [REF] [-n N] - show the newest N runs (20; 0: all) of a ref, or of all refs
-background [ID] - show the background runs, or one
-run REF -- COMMAND ... - run a command in a scope of its own, and record it
-import FILE - bring over a file of the original
-migrate - move legacy tables under the process scope
-prune [--keep N] [--before AGE] - keep N runs per ref, and none from before 30d, 12h, or a date
-backup FILE - copy the store to a new file
-check - verify the store, and say what is in it
-path - print where the store is"""
+    Its buckets are cache, background (runs by id), history (a bucket of each ref, with
+    records by id or, without one, by number) and process (a bucket of each scope). The
+    first releases had the scopes beside these, at the top. A faulty migration of the
+    original took background for one of those, and moved its runs into process.
+    """
+
+    CONCERNS = (b"background", b"cache", b"history", b"process")
+    OF_BUCKETS = ((), (b"history",), (b"process",))
+    MOVED_RUNS = (b"process", b"background")
+
+    def __init__(self, file: _BoltFile, added: _Import) -> None:
+        self.file = file
+        self.added = added
+        self.alike: dict[Row, int] = {}  # how many records say the same
+
+    def add_all(self) -> None:
+        # a scope of process before one at the top, since it wins
+        top = sorted(self.file.top, key=lambda entry: entry[1] not in self.CONCERNS)
+        self.add((), top)
+
+    def add(self, path: BoltPath, entries: Iterable[BoltEntry]) -> None:
+        """Add what is in the bucket of this path; what can't be read is a problem."""
+        wanted = _BUCKET if path in self.OF_BUCKETS else _VALUE
+        for what, key, value in entries:
+            place = _legacy_text(b"/".join(path)), _legacy_text(key)
+            try:
+                if what != wanted:
+                    raise ValueError(f"{what}, where {wanted} belongs")
+                for kind, statement, values in self.operations(path, key, value):
+                    self.added.add(kind, statement, **values)
+            except (TypeError, ValueError) as error:
+                if not _is_own(error):
+                    raise
+                self.added.problem(*place, str(error))
+            if what == wanted == _BUCKET:
+                self.add((*path, key), self.file.entries(value))
+
+    def operations(
+        self, path: BoltPath, key: bytes, value: bytes
+    ) -> Iterator[tuple[str, str, Values]]:
+        """What counts an entry, the statement that adds it, and its values."""
+        if path == (b"cache",):
+            yield "cache", _ADD_CACHE, {**_bolt_texts(key=key), "value": value}
+        elif path == (b"background",):
+            yield "background", _ADD_RUN, _bolt_run(key, value)
+        elif path == self.MOVED_RUNS and _is_run(key, value):
+            yield "recovered_runs", _ADD_RUN, _bolt_run(key, value)
+        elif path[:1] == (b"history",):
+            if path[1:]:
+                yield "history", _ADD_RECORD, self.record(path[1], key, value)
+        elif path not in self.OF_BUCKETS:
+            values = _bolt_texts(bucket=path[-1], key=key, value=value)
+            yield "process_vars", _ADD_VAR, values
+        elif (*path, key) != self.MOVED_RUNS and (path or key not in self.CONCERNS):
+            if not path:
+                self.added.counts["legacy_scopes"] += 1
+            yield "process_buckets", _ADD_BUCKET, _bolt_texts(bucket=key)
+
+    def record(self, ref: bytes, key: bytes, value: bytes) -> Values:
+        data = {**_bolt_object(value), **_bolt_texts(ref=ref)}
+        if data.get("id") or len(key) != 8:  # else the key is a number
+            data.update(_bolt_texts(id=key))
+        values = _values(ExecutionRecord.from_dict(data))
+        says = tuple(values.values())
+        self.alike[says] = occurrence = self.alike.get(says, 0) + 1
+        return {**values, "owner": "", "scope": "", "occurrence": occurrence}
 
 
-def _parse(argv: list[str]) -> Any:
-    import argparse  # a third of a start
+def _bolt_run(key: bytes, value: bytes) -> Values:
+    data = {**_bolt_object(value), **_bolt_texts(id=key)}
+    return {**_values(BackgroundRun.from_dict(data)), "owner": ""}
 
-    end = argv.index("--") if "--" in argv else len(argv)
-    name = next((word for word, before in zip(argv[:end], ["", *argv], strict=False)
-                 if word[:1] != "-" and before != "--store"), "")
-    commands = {line.split()[0]: line for line in _COMMANDS.splitlines()}
-    usage = commands.get(name, f"COMMAND\n\n{_COMMANDS}")
-    usage = f"flowstore [--store PATH] [--json] [--help] [--version] {usage}"
-    parser: Any = argparse.ArgumentParser(
-        "flowstore", usage, add_help=False, allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100))  # else it imports shutil
-    parser.add_argument("-h", "--help", action="store_true")
-    switch, number = {"action": "store_true"}, {"type": int}
-    flags: dict[str, Any] = {
-        "--store": {}, "--json": switch, "--version": switch, "--global": switch, "--all": switch,
-        "-n": number, "--keep": number, "--before": {"type": _age_or_date}}
-    for flag, kind in flags.items():
-        if f"[{flag}" in usage:
-            parser.add_argument(flag, **kind)
-    parser.add_argument("words", nargs="*")
-    if name == "set":  # what it doesn't understand argparse repeats: here that may be a secret
-        wrong = parser.error
-        parser.error = lambda _: wrong("wrong arguments: put -- before words that begin with a dash")
-    options = parser.parse_intermixed_args(argv[:end])
-    options.usage, options.error, options.command, options.status = usage, parser.error, argv[end + 1 :], 0
-    options.words += [] if name == "run" else options.command
-    if name not in ("import", "backup"):  # as UTF-8, in whatever encoding the terminal is
-        options.words = [_str(os.fsencode(word)) for word in options.words]
+
+def _is_run(key: bytes, value: bytes) -> bool:
+    """Whether what is kept as a variable says that it is a background run."""
+    try:
+        data = _bolt_object(value)
+    except ValueError:
+        return False
+    return {"pid", "status"} <= data.keys() and data.get("id") == _legacy_text(key)
+
+
+def _bolt_object(value: bytes) -> Values:
+    """A record's JSON."""
+    import json
+
+    try:
+        return {**json.loads(_bolt_texts(value=value)["value"])}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"it is no JSON object: {error}") from None
+
+
+def _bolt_texts(**cells: bytes) -> Values:
+    texts: Values = {}
+    for what, data in cells.items():
+        try:
+            texts[what] = _text(what, data.decode())
+        except UnicodeDecodeError:
+            raise ValueError(f"{what} is no UTF-8") from None
+    return texts
+
+
+# ---- the command line ----
+
+
+class _UsageError(Exception):
+    """A word of the command line is wrong, missing or too much: which, and what to do."""
+
+
+if TYPE_CHECKING:
+    # Takes the options of a command, returns its exit status: None is 0.
+    Act: TypeAlias = Callable[[Any], int | None]
+
+
+class _Command(NamedTuple):
+    act: Act
+    usage: str
+    sentence: str
+    options: dict[str, str]
+    example: str
+
+
+_COMMANDS: dict[str, _Command] = {}
+_SHARED = {
+    "--store PATH": "use this store: a file, or postgresql://...",
+    "--json": "print one JSON document, for programs",
+}
+_GLOBAL = {"--global": "in the scope root, which all others fall back to"}
+
+
+def _command(
+    usage: str, sentence: str, options: dict[str, str], example: str
+) -> Callable[[Act], Act]:
+    """Make a function a command. Its usage is its name and its words (in brackets: may be
+    left out; after `--`: a command line, taken as it is), its options are `--flag` or
+    `--flag VALUE` with what they do. The function finds REF as options.ref, `-n N` as
+    options.n, what follows `--` as options.command; what isn't given is None."""
+
+    def register(act: Act) -> Act:
+        name = usage.split(maxsplit=1)[0]
+        _COMMANDS[name] = _Command(act, usage, sentence, options, example)
+        return act
+
+    return register
+
+
+# what commands share: their words
+
+
+def _parsed(words: list[str]) -> Any:
+    """The options of a command line, by the parser of its command alone."""
+    import argparse  # only here: it takes a fifth of a start
+
+    end = words.index("--") if "--" in words else len(words)
+    before = ["", *words]
+    names = [
+        word
+        for word, previous in zip(words[:end], before)
+        if word[:1] != "-" and previous != "--store"
+    ]
+    name = names[0] if names else "help"
+    if name not in _COMMANDS:
+        advice = _nearest(name, _COMMANDS, "`flowstore help` lists them")
+        raise _UsageError(f"there is no command {name!r}: {advice}")
+    command = _COMMANDS[name]
+    usage, description = command.usage, command.sentence
+    if name == "help":
+        usage, description = "COMMAND ...", _overview()
+    parser = argparse.ArgumentParser(
+        usage=f"flowstore {usage}",
+        description=description,
+        epilog=f"example: {command.example}",
+        # with a width, else it imports shutil to ask for the terminal's
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=90),
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--version", action="version", version=f"flowstore {__version__}")
+    for declaration, meaning in {**command.options, **_SHARED}.items():
+        flag, _, value = declaration.partition(" ")
+        kind: Any = {"metavar": value} if value else {"action": "store_true"}
+        parser.add_argument(flag, help=meaning, **kind)
+    try:
+        options, given = parser.parse_known_args(words[:end])
+    except argparse.ArgumentError as error:
+        advice = f"see `flowstore {name} --help`"
+        raise _UsageError(f"{error.argument_name}: {error.message}; {advice}") from None
+    if options.store == "":
+        raise _UsageError("--store must not be empty: name a file or a URL")
+    options.name = name
+    _set_words(options, command, given, words[end + 1 :])
     return options
 
 
-def _age_or_date(text: str) -> datetime:
-    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-    if text[-1:] in units and text[:-1].isdecimal():
-        return _now() - timedelta(**{units[text[-1]]: int(text[:-1])})
-    return datetime.fromisoformat(text).astimezone(timezone.utc)
+def _nearest(word: str, known: Iterable[str], otherwise: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
-def _store(options: Any) -> SQLiteDataStore:
-    store = _ExistingStore(options.store)
+def _set_words(
+    options: Any, command: _Command, given: list[str], after: list[str]
+) -> None:
+    """Give the words of a command their names; refuse what is missing, or too much."""
+    names, runs, _ = command.usage.partition(" -- ")
+    name, *wanted = names.split()
+    for each in given:
+        if each[:1] == "-" and each[1:2] not in "0123456789":  # - and -5 are words
+            _refuse_option(name, command, each.partition("=")[0])
+    words = given[1:] if runs else given[1:] + after
+    options.command = after
+    found: list[str | None] = [*words, *(None for _ in wanted)]
+    for what, word in zip(wanted, found):
+        if word is None and what[0] != "[":
+            raise _UsageError(f"{name} needs {what}: flowstore {command.usage}")
+        what = what.strip("[]")
+        if word and what != "FILE":
+            word = _utf8(what, os.fsencode(word))
+        setattr(options, what.lower(), word)
+    if runs and not after:
+        advice = f"put -- before it, as in `{command.example}`"
+        raise _UsageError(f"{name} needs a command: {advice}")
+    if len(words) > len(wanted):
+        takes = f"no argument: leave {words[0]!r} out"
+        if wanted:  # the last of which may be a secret value
+            quoted = "it" if name == "set" else repr(" ".join(words))
+            takes = f"one {wanted[-1].strip('[]')}: quote {quoted}"
+        raise _UsageError(f"{name} takes {takes}")
+
+
+def _refuse_option(name: str, command: _Command, flag: str) -> NoReturn:
+    known = [each.split()[0] for each in (*command.options, *_SHARED)]
+    dash = "the command" if " -- " in command.usage else "a word that begins with a dash"
+    advice = _nearest(flag, known, f"put -- before {dash}")
+    # what begins with a dash may be a value, and values may be secret
+    what = "such option" if name == "set" else f"option {flag}"
+    raise _UsageError(f"{name} has no {what}: {advice}")
+
+
+def _utf8(what: str, data: bytes) -> str:
+    """Bytes as text, whatever encoding the terminal has."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise _UsageError(f"{what} must be UTF-8") from None
+
+
+def _number(option: str, text: str) -> int:
+    if not text.isdecimal() or len(text) > 18:
+        raise _UsageError(f"{option} takes a number, 0 or more, not {text!r}")
+    return int(text)
+
+
+def _instant_of_age(option: str, text: str) -> datetime:
+    """The instant that an AGE means: so long ago, or a date or time, local by default."""
+    units = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+    try:
+        if text[:-1].isdecimal():
+            return _now() - timedelta(**{units[text[-1]]: int(text[:-1])})
+        return datetime.fromisoformat(text).astimezone(timezone.utc)
+    except (ValueError, LookupError, OverflowError, OSError):
+        kinds = "an age or a time (30d, 12h, 2w, 90m, 2024-05-31 or 2024-05-31T18:30)"
+        raise _UsageError(f"{option} takes {kinds}, not {text!r}") from None
+
+
+def _store(options: Any) -> SQLiteDataStore | PostgresDataStore:
+    """The store that is meant. A file is made by the first write, not by a read."""
+    store = _store_at(options.store, _ExistingStore)
     original = os.path.join(os.path.dirname(store.path), "store.db")
-    if os.path.exists(original) and not (
-            options.store or os.environ.get("FLOWSTORE_PATH") or store._exists()):
-        _complain(f"the original's store is here too, bring it over with `flowstore import {original}`")
+    chosen = options.store or os.environ.get(_PATH_ENV)
+    if not chosen and _is_missing(store) and os.path.exists(original):
+        hint = f"bring it over with `flowstore import {original}`"
+        _complain(f"the original's store is here, and no flowstore yet: {hint}")
     return store
 
 
-def _answer(options: Any) -> Any:
-    """Do a command; returns a document, with its text where that isn't _plain()."""
-    if options.help or options.version:
-        return f"usage: {options.usage}" if options.help else f"flowstore {__version__}"
-    match options.words:
-        case ["run", ref] if options.command:
-            sys.exit(_run(options, ref))
+def _is_missing(store: SQLiteDataStore | PostgresDataStore) -> bool:
+    return isinstance(store, SQLiteDataStore) and not os.path.lexists(store.path)
+
+
+def _scope(options: Any) -> str:
+    return ROOT_BUCKET if getattr(options, "global") else environment_bucket()
+
+
+def _reconciled(options: Any) -> SQLiteDataStore | PostgresDataStore:
+    """The store, for a view of runs: those whose process is gone are marked as failed."""
     store = _store(options)
-    bucket = ROOT_BUCKET if vars(options).get("global") else _str(os.fsencode(environment_bucket()))
-    match options.words:
-        case ["set", key] | ["set", key, "-"]:
-            value = sys.stdin.buffer.read() if sys.stdin else b""
-            store.set_process_var(bucket, key, _str(value.removesuffix(b"\n")))
-        case ["set", key, value]:
-            store.set_process_var(bucket, key, value)
-        case ["get", key]:
-            return store.get_process_var(bucket, key)
-        case ["list"]:
-            variables = store.get_all_process_vars(bucket)
-            return variables, _table("KEY VALUE", variables.items())
-        case ["clear"] if options.all:
-            destroy_store(store.path)
-        case ["prune"]:
-            pruned = store.prune(options.keep, options.before) if store._exists() else PruneSummary()
-            return pruned._asdict()
-        case ["remove", _] | ["clear"] if not store._exists():
-            pass
-        case ["remove", key]:
-            store.delete_process_var(bucket, key)
-        case ["clear"]:
-            store.delete_process_bucket(bucket)
-        case ["history", *ref] if len(ref) < 2:
-            return _history(store, ref, 20 if options.n is None else max(options.n, 0))
-        case ["background", *id] if len(id) < 2:
-            runs = _reconciled(store, "background", lambda: (
-                [store.get_background_run(*id)] if id else store.list_background_runs()))
-            text = _table("STATUS STARTED REF ID PID ERROR", [
-                (run.status, run.started_at, run.ref, run.id, run.pid, run.error) for run in runs])
-            documents = [run.to_dict() for run in runs]
-            return documents[0] if id else documents, text
-        case ["import", file]:
-            found = import_bolt(file, store.path)._asdict()
-            problems = found.pop("problems")
-            options.status = 1 if problems else 0
-            text = _plain(found) + _plain([f"problems {' '.join(each)}" for each in problems])
-            names = "bucket", "key", "reason"
-            return {**found, "problems": [dict(zip(names, each, strict=True)) for each in problems]}, text
-        case ["migrate"]:
-            return migrate_process_buckets(store.path)
-        case ["backup", file]:
-            store.backup(file)
-        case ["check"]:
-            return _verified(store)
-        case ["path"]:
-            return store.path
-        case _:
-            options.error("these are not the arguments of a command")
-    return {}
-
-
-def _reconciled(store: SQLiteDataStore, table: str, read: Callable[[], list[Record]]) -> list[Record]:
-    """What read() returns once the store is reconciled, even where that can't be saved."""
-    found = store._gone()
     try:
-        store._mark(found)
+        store.reconcile()
     except StoreError:
-        pass
-    gone = {(_str(ref), _str(id), _str(start)[:26], pid)
-            for kind, ref, id, pid, start, _ in found if kind == table}
-    return [run._replace(status=RunStatus.FAILED, error=_GONE) if run.status == RunStatus.RUNNING
-            and (run.ref, run.id, _instant("", run.started_at)[:26], run.pid) in gone else run
-            for run in read()]
+        pass  # what can't be written is shown as it is; what can't be read will say so
+    return store
 
 
-def _history(store: SQLiteDataStore, ref: list[str], limit: int) -> tuple[Any, str]:
-    def read() -> list[ExecutionRecord]:
-        # the newest of all are runs of the refs that ran last
-        refs = ref or store._fetch(_NEWEST_REFS, _load_texts, {"limit": limit or -1})
-        histories = store.get_execution_histories(refs, limit).values()
-        records = [record for history in histories for record in reversed(history)]
-        return sorted(records, key=lambda record: record.started_at, reverse=True)[: limit or None]
-
-    marks = {RunStatus.COMPLETED: ("✓", 32), RunStatus.FAILED: ("✗", 31), RunStatus.RUNNING: ("●", 33)}
-    terminal, records, rows = os.isatty(1), _reconciled(store, "history", read), []
-    spans: dict[str, list[float]] = {}
-    for record in records:
-        status = record.status or (RunStatus.FAILED if record.exit_code else RunStatus.COMPLETED)
-        seconds = record.duration.total_seconds()
-        rows.append((marks.get(status, (status,))[0] if terminal else status, record.started_at, record.ref,
-                     f"{seconds:.3f}", record.exit_code, record.error or record.label or record.command))
-        if status != RunStatus.RUNNING:
-            spans.setdefault(record.ref, []).insert(0, seconds)
-    text = _table(" STARTED REF SECONDS EXIT NOTE", rows)
-    if terminal:
-        for mark, colour in () if os.environ.get("NO_COLOR") else marks.values():
-            text = text.replace(f"\n{mark}", f"\n\033[{colour}m{mark}\033[0m")
-        for name, values in spans.items():
-            scale = 7.99 / max(*values, 1e-6)
-            bars = "".join("▁▂▃▄▅▆▇█"[max(0, int(value * scale))] for value in values)
-            text += f"{_shown(name)}  {bars}\n" * (len(bars) > 1)
-    return [record.to_dict() for record in records], text
+# what commands share: output
 
 
-def _verified(store: SQLiteDataStore) -> dict[str, Any]:
-    questions = {
-        "check": "PRAGMA quick_check(1)",
-        "size": "SELECT page_size * page_count FROM pragma_page_size, pragma_page_count",
-        "free": "SELECT page_size * freelist_count FROM pragma_page_size, pragma_freelist_count",
-        "schema": "PRAGMA user_version", "sqlite": "SELECT sqlite_version()",
-        **{table: f"SELECT count(*) FROM {table}" for table in _TABLES}}
-    if not store._exists():
-        raise _error(StoreError, store.path, "there is no store here yet: `flowstore set` makes one")
-    found = store._read(lambda sql: {name: sql.execute(question).fetchone()[0]
-                                     for name, question in questions.items()}, snapshot=True)
-    if found["check"] != "ok":
-        raise _error(CorruptStoreError, store.path, f"{found['check']}: restore a backup, or move it away")
-    return {"path": store.path, **found}
+def _answer(options: Any, document: object, text: str, nothing: str = "") -> None:
+    """Print what was found, as a document or as text, or say that nothing was."""
+    if options.json:
+        import json
+
+        text = json.dumps(document) + "\n"
+    if text:
+        _print(text)
+    else:
+        _complain(nothing)
 
 
-def _run(options: Any, ref: str) -> int:
-    import shlex
-
-    status = None
-    try:
-        with _store(options).execution(ref, command=_str(os.fsencode(shlex.join(options.command)))) as run:
-            status, run.error = _call(options.command, run.env)
-            run.exit_code = status
-    except StoreError as error:
-        _complain(f"this run is not recorded: {error}")
-    return _call(options.command, None)[0] if status is None else status
-
-
-def _call(command: list[str], env: dict[str, str] | None) -> tuple[int, str]:
-    """Run a command; returns its exit status, as a shell's, and what went wrong. Signals are passed on to it,
-    and caught after its end too: none may end this process before that is recorded."""
-    import contextlib
-    import signal
-    import subprocess
-
-    child: subprocess.Popen[bytes] | None = None
-    early: list[int] = []  # signals from before there is a child
-
-    def forward(number: int, _: object) -> None:
-        if not child:
-            early.append(number)
-            return
-        with contextlib.suppress(OSError), open("/dev/tty", "rb") as terminal:
-            if number in (2, 3) and os.tcgetpgrp(terminal.fileno()) == os.getpgrp():
-                return  # the terminal has sent it to the child too
-        with contextlib.suppress(OSError, ValueError):  # it may have become another user's
-            child.send_signal(number)
-
-    for name in ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, forward)
-    try:
-        child = subprocess.Popen(command, env=env, close_fds=False)
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        _complain(reason := f"command {'not found' if missing else 'can not be executed'}: {command[0]}")
-        return 127 if missing else 126, reason
-    for number in early:
-        child.send_signal(number)
-    status = child.wait()
-    if status < 0:
-        return 128 - status, f"killed by signal {-status}"
-    return status, f"exit status {status}" if status else ""
+def _print(text: str) -> None:
+    """Print text as it is: in UTF-8, whatever encoding the terminal has."""
+    with open(1, "wb", closefd=False) as stream:
+        stream.write(text.encode("utf-8", "surrogateescape"))
 
 
 def _complain(text: str) -> None:
+    _tell(f"flowstore: {_shown(text)}\n")
+
+
+def _progress(text: str) -> None:
+    """Rewrite a line of standard error, where that is a terminal."""
+    if os.isatty(2):
+        _tell(f"\r{text:30}\r")
+
+
+def _tell(text: str) -> None:
     try:
-        if sys.stderr is not None:
-            os.write(2, _utf8(f"flowstore: {_shown(text)}\n"))  # unbuffered: the exit has nothing to flush
+        os.write(2, text.encode())
     except OSError:
-        pass
+        pass  # nobody is there to read it
 
 
 def _shown(value: object) -> str:
-    """A value without what moves the cursor; a time in the user's zone on a terminal, else in RFC 3339."""
+    """A value for a line: a time in the zone of who looks at it, a text without what moves
+    the cursor or reorders the line."""
     if isinstance(value, datetime):
-        if not os.isatty(1):
-            return _instant("time", value)
-        local = value.astimezone() if 1970 < value.year < 9999 else value  # beyond, not every system can
-        return str(local)[:19]
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(value))
+        return _shown_time(value)
+    text = _noted(str(value))
+    if text.isprintable():
+        return text
+    import unicodedata
+
+    moving = {each for each in text if unicodedata.category(each) in "Cc Cf Zl Zp"}
+    return text.translate(
+        {ord(each): ascii(each)[1:-1] for each in moving - {"\u200c", "\u200d"}}
+    )
 
 
-def _table(header: str, rows: Iterable[Iterable[object]]) -> str:
-    """Rows with a header and aligned on a terminal, else separated by tabs."""
-    cells = [[*map(_shown, row)] for row in rows]
+def _shown_time(moment: datetime) -> str:
     if not os.isatty(1):
+        return _instant("time", moment)
+    try:
+        moment = moment.astimezone()
+    except (OverflowError, OSError, ValueError):
+        pass  # at the ends of the calendar
+    return moment.isoformat(" ")[:19]
+
+
+def _shown_span(span: timedelta) -> str:
+    """A duration: in seconds, and of a minute or longer, for people, by the clock."""
+    seconds = span.total_seconds()
+    if os.isatty(1) and seconds >= 60:
+        return str(timedelta(seconds=int(seconds)))
+    return f"{seconds:.3f}"
+
+
+def _table(header: str, rows: Iterable[Row]) -> str:
+    """Rows as lines: on a terminal in columns that fit its width, under a header if there
+    is one, else without a header and with a tab between the cells."""
+    cells = [[_shown(cell) for cell in row] for row in rows]
+    if not cells or not os.isatty(1):
         return "".join("\t".join(row) + "\n" for row in cells)
-    cells = [[cell if len(cell) <= 60 else cell[:59] + "…" for cell in row]
-             for row in (header.split(" "), *cells)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "".join("  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in cells)
+    if header:
+        cells.insert(0, header.split(" "))
+    free = (os.get_terminal_size(1).columns or 80) - 2 * (len(cells[0]) - 1)
+    widths = [min(free, max(map(_width, column))) for column in zip(*cells)]
+    while sum(widths) > free and max(widths) > 1:
+        widths[widths.index(max(widths))] -= 1
+    lines = ["  ".join(map(_fitted, row, widths)).rstrip() for row in cells]
+    return "\n".join(lines) + "\n"
 
 
-def _plain(document: Any) -> str:
-    """A str as it is; else a line for each name, of a dict with its value."""
-    if isinstance(document, str):
-        return document + "\n"
-    if isinstance(document, dict):
-        document = [f"{name} {value}" for name, value in document.items()]
-    return "".join(_shown(line) + "\n" for line in document)
+def _width(text: str) -> int:
+    """How many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    # the selector of an emoji's picture makes a narrow character a wide one
+    spacing = [
+        unicodedata.east_asian_width(each) in "WF"
+        for each in text
+        if each == "\ufe0f" or unicodedata.category(each) not in "Mn Me Cf"
+    ]
+    return len(spacing) + sum(spacing)
+
+
+def _fitted(text: str, width: int) -> str:
+    """A text cut or filled up to a width."""
+    if _width(text) > width:
+        while _width(text) >= width:
+            text = text[:-1]
+        text += "…"
+    return text + " " * (width - _width(text))
+
+
+# the commands: variables
+
+
+@_command(
+    "set KEY [VALUE]",
+    "Set a variable, without VALUE to what standard input has.",
+    _GLOBAL,
+    "flowstore set VERSION 1.4.2",
+)
+def _do_set(options: Any) -> None:
+    value = options.value
+    if value is None:
+        if os.isatty(0):
+            _complain("type the value, and end it with Ctrl-D on a line of its own")
+        data = sys.stdin.buffer.read() if sys.stdin else b""
+        value = _utf8("VALUE", data.removesuffix(b"\n"))
+    _store(options).set_process_var(_scope(options), options.key, value)
+
+
+@_command(
+    "get KEY",
+    "Print a variable of the current scope, else of root.",
+    _GLOBAL,
+    "flowstore get VERSION",
+)
+def _do_get(options: Any) -> None:
+    value = _store(options).get_process_var(_scope(options), options.key)
+    _answer(options, value, f"{value}\n")
+
+
+@_command(
+    "list",
+    "List the variables of the current scope and of root.",
+    _GLOBAL,
+    "flowstore list --json",
+)
+def _do_list(options: Any) -> None:
+    found = _store(options).get_all_process_vars(_scope(options))
+    nothing = f"there are no variables in the scope {_scope(options)!r}"
+    _answer(options, found, _table("KEY VALUE", found.items()), nothing)
+
+
+@_command(
+    "remove KEY",
+    "Remove a variable of the current scope.",
+    _GLOBAL,
+    "flowstore remove VERSION",
+)
+def _do_remove(options: Any) -> None:
+    store = _store(options)
+    if not _is_missing(store):
+        store.delete_process_var(_scope(options), options.key)
+
+
+@_command(
+    "clear", "Empty the current scope.", _GLOBAL, "flowstore --store build.db clear"
+)
+def _do_clear(options: Any) -> None:
+    store = _store(options)
+    if not _is_missing(store):
+        store.delete_process_bucket(_scope(options))
+
+
+# the commands: history
+
+_MARKS = {"completed": ("✓", 32), "failed": ("✗", 31), "running": ("●", 33)}
+
+
+@_command(
+    "history [REF]",
+    "Show the newest runs of a ref, or of all refs, newest first.",
+    {
+        "-n N": "that many, 0 for all (20)",
+        "--status STATUS": "only those that are completed, failed or running",
+        "--since AGE": "only from 30d, 12h, 2w, 90m ago on, or from a date or time",
+    },
+    "flowstore history build --status failed --since 2d",
+)
+def _do_history(options: Any) -> None:
+    records = _reconciled(options).get_recent_executions(
+        20 if options.n is None else _number("-n", options.n),
+        ref=options.ref,
+        status=options.status,
+        since=options.since and _instant_of_age("--since", options.since),
+    )
+    records.reverse()
+    text = _table(" STARTED REF SECONDS EXIT ID NOTE", map(_history_row, records))
+    if os.isatty(1):
+        picture = _table("", _durations(records))
+        text += picture and f"\n{picture}"
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        for mark, colour in () if plain else _MARKS.values():
+            text = text.replace(f"\n{mark}", f"\n\033[{colour}m{mark}\033[0m")
+    documents = [record.to_dict() for record in records]
+    _answer(
+        options, documents, text, "there are no such runs: `flowstore run` records one"
+    )
+
+
+def _history_row(record: ExecutionRecord) -> Row:
+    status = record.status or ("failed" if record.exit_code else "completed")
+    running = status == RunStatus.RUNNING
+    id = record.id
+    if os.isatty(1):
+        status = _MARKS.get(status, status)[0]
+        id = id[:8] if len(id) == 36 else id
+    took = _now() - record.started_at if running else record.duration
+    exit_code = "" if running else record.exit_code
+    note = record.error or record.label or record.command
+    return status, record.started_at, record.ref, _shown_span(took), exit_code, id, note
+
+
+def _durations(records: list[ExecutionRecord]) -> Iterator[Row]:
+    """A picture of the last durations of each ref that has several, newest at the right."""
+    spans: dict[str, list[float]] = {}
+    for record in records:
+        if record.status != RunStatus.RUNNING:
+            seconds = max(record.duration.total_seconds(), 0)
+            spans.setdefault(record.ref, []).append(seconds)
+    for ref, newest in spans.items():
+        shown = newest[39::-1]
+        scale = 7.99 / max(*shown, 1e-6)
+        if len(shown) > 1:
+            yield ref, "".join("▁▂▃▄▅▆▇█"[int(seconds * scale)] for seconds in shown)
+
+
+@_command("forget REF", "Delete all records of a ref.", {}, "flowstore forget build")
+def _do_forget(options: Any) -> None:
+    store = _store(options)
+    if not _is_missing(store):
+        store.delete_execution_history(options.ref)
+
+
+@_command(
+    "prune",
+    "Delete old runs, of each ref all that isn't to be kept.",
+    {
+        "--keep N": "keep the newest N of each ref",
+        "--before AGE": "delete what began before 30d, 12h, 2w, 90m ago, or a date or time",
+    },
+    "flowstore prune --keep 50 --before 30d",
+)
+def _do_prune(options: Any) -> None:
+    if not (options.keep or options.before):
+        raise _UsageError("prune needs --keep N, --before AGE, or both")
+    keep = options.keep and _number("--keep", options.keep)
+    before = options.before and _instant_of_age("--before", options.before)
+    store = _store(options)
+    pruned = PruneSummary() if _is_missing(store) else store.prune(keep, before)
+    _answer(options, pruned._asdict(), _table("", pruned._asdict().items()))
+
+
+# the commands: the store
+
+
+@_command(
+    "import FILE",
+    "Add what a file of the original or another store has; what is here wins.",
+    {},
+    "flowstore import ~/.cache/flow/store.db",
+)
+def _do_import(options: Any) -> int:
+    source, target = _store_at(options.file, _ExistingStore), _store(options)
+    if _is_missing(source):
+        raise _error(StoreError, source.path, "there is no such file")
+
+    def progress(entries: int) -> None:
+        _progress(f"{entries:,} entries")
+
+    try:
+        summary = _copy_store(source, target, progress)
+    except CorruptStoreError as error:
+        if not error.__cause__ or _code(error.__cause__) != sqlite3.SQLITE_NOTADB:
+            raise
+        summary = _import_bolt(source.path, target, progress)
+    _progress("")
+    found = summary._asdict()
+    found["problems"] = [
+        {"bucket": bucket, "key": key, "reason": reason}
+        for bucket, key, reason in summary.problems
+    ]
+    _answer(options, found, _table("", [*found.items()][:-1]))
+    for problem in summary.problems:
+        _complain(f"not brought over: {' '.join(problem)}")
+    return 1 if summary.problems else 0
+
+
+@_command(
+    "migrate",
+    "Move tables of the flat layout, which are scopes, to where scopes are now.",
+    {},
+    "flowstore --store build.db migrate",
+)
+def _do_migrate(options: Any) -> None:
+    store = _file_store(options, "only a file has tables of the flat layout")
+    moved = migrate_process_buckets(store.path)
+    _answer(options, moved, _table("", zip(moved)), "there was nothing to move")
+
+
+def _file_store(options: Any, instead: str) -> SQLiteDataStore:
+    store = _store(options)
+    if not isinstance(store, SQLiteDataStore):
+        raise _error(StoreError, store.path, instead)
+    return store
+
+
+@_command(
+    "backup FILE",
+    "Copy the store to a new file, while others use it.",
+    {},
+    "flowstore backup flowstore-monday.db",
+)
+def _do_backup(options: Any) -> None:
+    def progress(status: int, remaining: int, total: int) -> None:
+        _progress(f"{100 - 100 * remaining // max(total, 1)} %")
+
+    instead = "use pg_dump, or `flowstore --store FILE import URL`"
+    _file_store(options, instead)._backup(options.file, progress)
+    _progress("")
+
+
+@_command(
+    "check", "Verify the store, and say what is in it.", {}, "flowstore check --json"
+)
+def _do_check(options: Any) -> None:
+    report = _store(options)._report()
+    _answer(options, report, _table("", report.items()))
+
+
+@_command("path", "Print where the store is.", {}, "flowstore path")
+def _do_path(options: Any) -> None:
+    path = _store(options).path
+    _answer(options, path, f"{path}\n")
+
+
+@_command(
+    "destroy",
+    "Remove the store with all that is in it.",
+    {"--yes": "without asking"},
+    "flowstore --store build.db destroy --yes",
+)
+def _do_destroy(options: Any) -> int:
+    store = _store(options)
+    if not options.yes:
+        if not os.isatty(0):
+            raise _UsageError("destroy needs --yes where nobody can be asked")
+        _tell(f"Remove {_shown(store.path)} with all that is in it? [y/N] ")
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            _complain("nothing was removed")
+            return 1
+    store._destroy()
+    return 0
+
+
+@_command("help [COMMAND]", "Explain a command.", {}, "flowstore help history")
+def _do_help(options: Any) -> None:
+    main([options.command or "help", "--help"])
+
+
+def _overview() -> str:
+    width = max(len(each.usage) for each in _COMMANDS.values())
+    lines = [f"  {each.usage:{width}}  {each.sentence}" for each in _COMMANDS.values()]
+    return "\n".join(["commands:", *lines])
+
+
+# ---- the command line: runs ----
+
+_PASSED_ON = "INT TERM QUIT USR1 USR2 ALRM ABRT WINCH HUP".split()
+_KERNEL = (0x80, 0x10006)  # SI_KERNEL of sigaction(2), in Linux and in FreeBSD
+
+
+class _Signals:
+    """Starts a command and waits for its end. In `with`, no signal ends this process: what
+    is sent to it is passed on.
+
+    They are blocked and fetched, not handled: only so the system tells who sent one. What a
+    terminal sends goes to all of its foreground group, so the command may have it already.
+
+    detached: whether the command has a process group of its own, to all of which they go,
+    and this process keeps no descriptor that it has inherited.
+    """
+
+    def __init__(self, detached: bool = False) -> None:
+        self.detached = detached
+
+    def __enter__(self) -> _Signals:
+        import signal
+
+        self.passed_on = {getattr(signal, f"SIG{name}") for name in _PASSED_ON}
+        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self.ignores_children = signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
+        if self.ignores_children:  # then the system keeps no exit status
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {*self.passed_on, signal.SIGCHLD})
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import signal
+
+        self.fetch_pending()  # too late to be passed on
+        if self.ignores_children:
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+
+    def fetch_pending(self) -> list[int]:
+        import signal
+
+        pending = [*self.passed_on & signal.sigpending()]
+        for number in pending:
+            signal.sigwait({number})
+        return pending
+
+    def start(self, command: list[str], environment: dict[str, str]) -> int:
+        """Start a command; its pid. OSError where it can't be started."""
+        program = _program(command[0], environment)
+        ready, tell_ready = os.pipe()
+        failure, tell_failure = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.close(tell_ready)
+                if os.read(ready, 1):  # else the parent has been killed
+                    self.become(program, command, environment)
+            except OSError as error:
+                os.write(tell_failure, str(error.errno).encode())
+            finally:
+                os._exit(126)
+        if self.detached:
+            os.setpgid(child, child)
+        # what came before the fork; what came after it to both is one with it in the child
+        for number in self.fetch_pending():
+            os.kill(child, number)
+        os.write(tell_ready, b"!")
+        for descriptor in (ready, tell_ready, tell_failure):
+            os.close(descriptor)
+        errno = os.read(failure, 100)  # nothing, once the program has taken over
+        os.close(failure)
+        if errno:
+            os.waitpid(child, 0)
+            raise OSError(int(errno), os.strerror(int(errno)))
+        if self.detached:
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        return child
+
+    def become(
+        self, program: str, command: list[str], environment: dict[str, str]
+    ) -> None:
+        """In the child: become the command, with all signals as this process found them."""
+        import errno
+        import signal
+
+        hidden = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores these by itself
+        for number in signal.valid_signals():
+            if number in hidden or callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
+        if self.ignores_children:
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+        try:
+            os.execve(program, command, environment)
+        except OSError as error:
+            if error.errno != errno.ENOEXEC:
+                raise
+        os.execve("/bin/sh", ["/bin/sh", program, *command[1:]], environment)
+
+    def wait(self, child: int) -> int:
+        """Wait for a command's end: its exit status, or -n where signal n ended it."""
+        while True:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            try:
+                self.pass_on(child)
+            except OSError:
+                pass  # it is another user's by now
+
+    def pass_on(self, child: int) -> None:
+        """Wait for a signal, and send it to the command unless it has it already."""
+        import signal
+
+        awaited = {*self.passed_on, signal.SIGCHLD}
+        if hasattr(signal, "sigtimedwait"):
+            # not for ever: another thread of the program may have got the SIGCHLD
+            found = signal.sigtimedwait(awaited, 1)
+            if not found:
+                return
+            number, by_kernel = found.si_signo, found.si_code in _KERNEL
+        else:  # macOS doesn't tell
+            number, by_kernel = signal.sigwait(awaited), True
+        by_terminal = by_kernel and number in (
+            signal.SIGINT,
+            signal.SIGQUIT,
+            signal.SIGWINCH,
+        )
+        if number == signal.SIGCHLD or (
+            by_terminal and os.getpgid(child) == os.getpgrp()
+        ):
+            return
+        target = -child if self.detached else child  # all of its group
+        os.kill(target, number)
+        if self.detached and number == signal.SIGTERM:
+            os.kill(target, signal.SIGCONT)  # what is stopped would not end
+
+
+def _program(word: str, environment: dict[str, str]) -> str:
+    """The file that a command's first word means: in PATH the first that can be executed."""
+    import errno
+
+    if "/" in word:
+        return word
+    folders = environment.get("PATH", os.defpath).split(os.pathsep)
+    paths = [os.path.join(folder, word) for folder in folders]
+    files = [path for path in paths if os.path.isfile(path)]
+    for path in files:
+        if os.access(path, os.X_OK):
+            return path
+    reason = errno.EACCES if files else errno.ENOENT
+    raise OSError(reason, os.strerror(reason))
+
+
+def _as_started(environment: dict[str, str]) -> dict[str, str]:
+    """An environment with the LC_CTYPE that this interpreter was started with: it sets that
+    for itself and for its children (PEP 538)."""
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            variables = file.read().split(b"\0")
+    except OSError:
+        return environment
+    kept = {**environment}
+    kept.pop("LC_CTYPE", "")
+    for variable in variables:
+        if variable.startswith(b"LC_CTYPE="):
+            kept["LC_CTYPE"] = os.fsdecode(variable[9:])
+    return kept
+
+
+def _call(
+    signals: _Signals | None, command: list[str], environment: dict[str, str]
+) -> tuple[int, str]:
+    """Run a command to its end: its exit status, -n where signal n ended it, and what has
+    kept it from starting."""
+    import errno
+
+    environment = _as_started(environment)
+    try:
+        if signals:
+            return signals.wait(signals.start(command, environment)), ""
+        import subprocess
+
+        return subprocess.call(command, env=environment, close_fds=False), ""
+    except OSError as error:
+        reason = f"{command[0]}: {error.strerror}"
+        _complain(reason)
+        return (127 if error.errno == errno.ENOENT else 126), _noted(reason)
+
+
+def _new_run(options: Any, store: SQLiteDataStore | PostgresDataStore) -> Execution:
+    import shlex
+
+    return store._new_run(
+        options.ref,
+        None,
+        environment_bucket() if options.join else None,
+        label=options.label or "",
+        command=_noted(shlex.join(options.command)),
+        source=_noted(run_env_value(RUN_SOURCE_ENV)) or RUN_SOURCE_CLI,
+    )
+
+
+@_command(
+    "run REF -- COMMAND ...",
+    "Run a command and record it; what it sets in its scope goes at its end.",
+    {
+        "--label TEXT": "a name for people",
+        "--join": "share the scope that it is started in, which stays",
+        "--background": "return at once, and print the id for `stop` and `show`",
+        "--log FILE": "with --background: append what the command prints to FILE",
+    },
+    "flowstore run 'build app' -- make -j4",
+)
+def _do_run(options: Any) -> int:
+    from contextlib import nullcontext
+
+    if options.log and not options.background:
+        raise _UsageError("run --log FILE needs --background: else redirect by > FILE")
+    null = os.open(os.devnull, os.O_RDWR)
+    while null < 3:  # closed on entry: else SQLite fills it for the command too
+        null = os.open(os.devnull, os.O_RDWR)
+    if options.background:
+        _run_detached(options, null)
+        return 0
+    os.close(null)
+    run = None
+    try:
+        store = _store(options)
+    except (StoreError, ValueError) as failure:
+        _complain(f"{failure}; the command runs, and is not recorded")
+    else:
+        run = _new_run(options, store)
+    with _Signals() if hasattr(os, "fork") else nullcontext() as signals:
+        anyway = "the command runs, and is recorded at its end if it can be"
+        started = run and _is_done(run._start, anyway)
+        environment = run.env if run else dict(os.environ)
+        exit_code, error = _call(signals, options.command, environment)
+        if run:
+            run.exit_code, run.error = exit_code, error
+            _is_done(run._finish, "the run's end is not recorded" if started else "")
+    return _status_of(exit_code)
+
+
+def _is_done(act: Callable[[], None], otherwise: str) -> bool:
+    """Whether a step of a recording succeeds; otherwise say why not, and what that means."""
+    try:
+        act()
+    except StoreError as failure:
+        if otherwise:
+            _complain(f"{failure}; {otherwise}")
+        return False
+    return True
+
+
+def _status_of(exit_code: int) -> int:
+    """The exit status for a command's; where it died of a Ctrl-C this process does so too,
+    which makes a loop of the shell stop."""
+    if exit_code >= 0:
+        return exit_code
+    import signal
+
+    if exit_code == -signal.SIGINT:
+        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.signal(signal.SIGINT, handler)  # process 1 still lives
+    return 128 - exit_code
+
+
+def _run_detached(options: Any, null: int) -> None:
+    if not hasattr(os, "fork"):
+        raise _UsageError("run --background needs a POSIX system")
+    run = _new_run(options, _store(options))
+    run._background = True
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    output = os.open(options.log, flags, 0o600) if options.log else null
+    answer, tell = os.pipe()
+    if os.fork() == 0:
+        try:
+            os.setsid()
+            for target, descriptor in enumerate((null, output, output)):
+                os.dup2(descriptor, target)
+            _watch(run, options.command, tell)
+        finally:
+            os._exit(0)  # here the caller's program must not go on
+    os.close(tell)
+    with open(answer, encoding="utf-8") as stream:
+        told = stream.read()
+    if told != run.id:
+        raise StoreError(told or "the run was ended before it was recorded")
+    _answer(options, {"id": run.id}, f"{run.id}\n")
+
+
+def _watch(run: Execution, command: list[str], tell: int) -> None:
+    """In a process of its own: record a run, tell its id or the reason why not, run it."""
+    run._record = run._record._replace(pid=os.getpid())
+    with _Signals(detached=True) as signals:
+        try:
+            run._start()
+        except Exception as error:
+            os.write(tell, str(error).encode("utf-8", "backslashreplace"))
+            return
+        os.write(tell, run.id.encode())
+        os.close(tell)
+        run.exit_code, run.error = _call(signals, command, run.env)
+        run._finish()
+
+
+@_command("background", "List the background runs.", {}, "flowstore background")
+def _do_background(options: Any) -> None:
+    runs = _reconciled(options).list_background_runs()
+    text = _table("STATUS STARTED REF SECONDS PID ID ERROR", map(_background_row, runs))
+    nothing = "there are no background runs: `flowstore run --background` starts one"
+    _answer(options, [run.to_dict() for run in runs], text if runs else "", nothing)
+
+
+def _background_row(run: BackgroundRun) -> Row:
+    took = _shown_span((run.completed_at or _now()) - run.started_at)
+    return run.status, run.started_at, run.ref, took, run.pid, run.id, run.error
+
+
+@_command(
+    "stop ID",
+    "End a background run: SIGTERM goes to all of its processes.",
+    {"--timeout SECONDS": "wait so long for its end, instead of 10"},
+    "flowstore stop 0b6a7b1e-6a4f-4f0e-9d53-1d3ac6a4c2a5",
+)
+def _do_stop(options: Any) -> None:
+    try:
+        timeout = _seconds(float(options.timeout or 10))
+    except ValueError:
+        raise _UsageError("--timeout must be a number of seconds, 0 or more") from None
+    store = _reconciled(options)
+    owners = {
+        id: (pid, owner) for id, pid, owner, _ in store._fetch(_RUNNING_IN_BACKGROUND)
+    }
+    if options.id not in owners:
+        status = store.get_background_run(options.id).status
+        raise StoreError(f"the run {options.id} isn't running: its status is {status!r}")
+    pid, owner = owners[options.id]
+    _terminate(options.id, pid, owner)
+    deadline = time.monotonic() + timeout
+    while _owner_note(pid) == owner:
+        if time.monotonic() > deadline:
+            reason = f"was told to end, and still lives: its process is {pid}"
+            raise StoreError(f"the run {options.id} {reason}")
+        time.sleep(0.01)
+    _reconciled(options)  # one that could not record its own end
+
+
+def _terminate(id: str, pid: int, owner: str) -> None:
+    """Tell the process that a note means to end, and no other one of its number: that is
+    taken hold of before it is compared, where the system can."""
+    import signal
+
+    try:
+        process = os.pidfd_open(pid)
+    except (AttributeError, OSError, OverflowError):
+        process = None
+    try:
+        if not owner or _owner_note(pid) != owner:
+            reason = (
+                f"process {pid} isn't known to be one of this machine and pid namespace"
+            )
+            raise StoreError(f"the run {id} can't be stopped from here: {reason}")
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            if process is None:
+                os.kill(pid, number)
+            else:
+                signal.pidfd_send_signal(process, number)
+    except ProcessLookupError:
+        pass  # it has just ended
+    finally:
+        if process is not None:
+            os.close(process)
+
+
+@_command(
+    "show ID",
+    "Show all fields of a run, an execution's where it runs in the background too.",
+    {},
+    "flowstore show 0b6a7b1e-6a4f-4f0e-9d53-1d3ac6a4c2a5",
+)
+def _do_show(options: Any) -> None:
+    store = _reconciled(options)
+    id = store._name("ID", options.id)
+    executions = store._made(_execution, store._fetch(_RECORD_BY_ID, id=id))
+    run = executions[0] if executions else store.get_background_runs([id]).get(id)
+    if not run:
+        raise _error(NotFoundError, store.path, f"there is no run {id!r}")
+    fields = run._asdict()
+    fields["completed_at"] = run.completed_at or ""
+    if run.status == RunStatus.RUNNING and executions:
+        fields.update(duration=_now() - run.started_at, exit_code="")
+    if executions:
+        fields["duration"] = _shown_span(fields["duration"])
+    _answer(options, run.to_dict(), _table("", fields.items()))
+
+
+# ---- the command line: main ----
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """The command line. Ends by SystemExit: 0 done, 1 failed or not found, 2 usage; run: its command's."""
+    """The command line, of sys.argv by default. Ends by SystemExit: 0 done, 1 not found or
+    failed, 2 wrong usage; `run` with its command's."""
+    status = 0
     try:
-        options = _parse([*(sys.argv[1:] if argv is None else argv)])
-        found = _answer(options)
-        document, text = found if isinstance(found, tuple) else (found, _plain(found))
-        if options.json:
-            import json
-
-            text = json.dumps(document) + "\n"
-        if sys.stdout is not None:
-            with open(1, "wb", closefd=False) as stream:
-                stream.write(_utf8(text))
-        status = options.status
+        options = _parsed(list(sys.argv[1:] if argv is None else argv))
+        status = _COMMANDS[options.name].act(options) or 0
     except KeyboardInterrupt:
         status = 130
-    except (StoreError, OSError, ValueError, OverflowError) as error:
-        status = 1 if isinstance(error, (StoreError, OSError)) else 2
-        if not isinstance(error, BrokenPipeError):  # the reader has seen enough
-            _complain(str(error))
+    except BrokenPipeError:  # who reads it has seen enough
+        status = 1
+    except (StoreError, OSError) as error:
+        status = 1
+        _complain(str(error))
+    except (_UsageError, ValueError) as error:
+        status = 2
+        _complain(str(error))
     sys.exit(status)
 
 
