@@ -26,16 +26,15 @@ import os
 import sqlite3
 import stat
 import sys
-import threading
 import time
-import weakref
+from _thread import RLock, get_ident  # threading itself and weakref take 3 of 25 ms
+from _weakref import ref as weakly
 from abc import ABC, abstractmethod
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
-from functools import cache, partial
-from threading import get_ident
+from functools import lru_cache, partial
 
 __version__ = "1.0.0"
 
@@ -62,7 +61,7 @@ if TYPE_CHECKING:
     Values: TypeAlias = dict[str, Any]  # by the names of a statement's parameters
 
     Execute: TypeAlias = Callable[[str, Values], Any]  # gives a cursor, of either engine
-    Connection: TypeAlias = "_Connection | _ServerConnection"
+    Connection: TypeAlias = "_Connection | _PostgresConnection"
     T = TypeVar("T")
     Record = TypeVar("Record", "ExecutionRecord", "BackgroundRun")
 else:
@@ -301,10 +300,17 @@ _TIMES = ("started_at", "completed_at")
 _INTEGERS = ("exit_code", "pid")
 
 
-def _text(what: str, value: object) -> str:
+def _require(what: str, value: object, kind: type) -> None:
+    """Refuse a value of another type; a bool is no int."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        reason = f"must be of type {kind.__name__}, not {type(value).__name__}"
+        raise TypeError(f"{what} {reason}")
+
+
+def _text(what: str, value: Any) -> str:
     """A text as the store has it: a plain str that UTF-8 can encode, without NUL."""
-    if not isinstance(value, str):
-        raise TypeError(f"{what} must be a str, not {type(value).__name__}")
+    if type(value) is not str:
+        _require(what, value, str)
     text = str.__str__(value)  # of a subclass, the plain value
     if "\0" in text:
         raise ValueError(f"{what} must not have a NUL character")
@@ -325,27 +331,24 @@ def _noted(text: str) -> str:
     return data.decode("utf-8", "backslashreplace").replace("\0", "\\x00")
 
 
-def _integer(what: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{what} must be an int, not {type(value).__name__}")
+def _integer(what: str, value: Any) -> int:
+    _require(what, value, int)
     number = int.__int__(value)
     if not -_MAX_INTEGER - 1 <= number <= _MAX_INTEGER:
         raise ValueError(f"{what} must fit into 64 bits")
     return number
 
 
-def _nanoseconds(what: str, value: object) -> int:
-    if not isinstance(value, timedelta):
-        raise TypeError(f"{what} must be a timedelta, not {type(value).__name__}")
+def _nanoseconds(what: str, value: Any) -> int:
+    _require(what, value, timedelta)
     # of timedelta itself: subclasses have other ideas of days and seconds
     microseconds = timedelta.__floordiv__(value, timedelta(microseconds=1))
     return _integer(f"{what} in nanoseconds", microseconds * 1000)
 
 
-def _instant(what: str, value: object) -> str:
+def _instant(what: str, value: Any) -> str:
     """A time as the store has it: UTC text of fixed width, which sorts as time."""
-    if not isinstance(value, datetime):
-        raise TypeError(f"{what} must be a datetime, not {type(value).__name__}")
+    _require(what, value, datetime)
     plain = datetime.fromisoformat(datetime.isoformat(value))  # of a subclass too
     if plain.tzinfo is None:
         raise ValueError(f"{what} must be an aware datetime: this one has no time zone")
@@ -366,29 +369,6 @@ def _bytes(what: str, value: object) -> bytes:
         raise TypeError(f"{what} must be bytes-like, not {kind}") from None
 
 
-def _only_text(row: Row) -> str:
-    return _cell(row[0], str)
-
-
-def _only_bytes(row: Row) -> bytes:
-    return _cell(row[0], bytes)
-
-
-def _entry(row: Row) -> tuple[str, bytes]:
-    return _cell(row[0], str), _cell(row[1], bytes)
-
-
-def _variable(row: Row) -> tuple[str, str]:
-    return _cell(row[1], str), _cell(row[2], str)
-
-
-def _cell(value: Any, kind: type[T]) -> T:
-    """A cell that is of its column's type: in SQLite a column may hold any."""
-    if type(value) is not kind:
-        raise TypeError(f"a {type(value).__name__} where a {kind.__name__} belongs")
-    return value
-
-
 def _values(record: ExecutionRecord | BackgroundRun) -> Values:
     """A record's fields as a row has them: the one way in."""
     values: Values = {}
@@ -403,14 +383,27 @@ def _values(record: ExecutionRecord | BackgroundRun) -> Values:
     return values
 
 
+def _cell_types(fields: Sequence[str]) -> tuple[tuple[type, ...], ...]:
+    """What a record's cells may be: with completed_at, the eighth of both kinds, and
+    without."""
+    types = [int if field in (*_INTEGERS, "duration") else str for field in fields]
+    return tuple(types), (*types[:7], type(None), *types[8:])
+
+
+_EXECUTION_CELLS = _cell_types(ExecutionRecord._fields)
+_BACKGROUND_CELLS = _cell_types(BackgroundRun._fields)
+
+
 # Fast enough to read all history: the cells that are no texts have their places.
 def _execution(row: Row) -> ExecutionRecord:
     """An execution's record of its row: the one way out. TypeError, ValueError: damaged."""
-    if bytes in map(type, row):
-        raise TypeError("bytes where a text belongs")
+    if tuple(map(type, row)) not in _EXECUTION_CELLS:
+        raise TypeError("a cell isn't of its column's type")
     cells = list(row)
     cells[1] = datetime.fromisoformat(cells[1])
-    cells[2] = timedelta(microseconds=cells[2] // 1000)
+    cells[2] = timedelta(
+        0, 0, cells[2] // 1000
+    )  # by name it would take half as long again
     if cells[7] is not None:
         cells[7] = datetime.fromisoformat(cells[7])
     return ExecutionRecord._make(cells)
@@ -418,8 +411,8 @@ def _execution(row: Row) -> ExecutionRecord:
 
 def _background(row: Row) -> BackgroundRun:
     """A background run of its row, as _execution()."""
-    if bytes in map(type, row):
-        raise TypeError("bytes where a text belongs")
+    if tuple(map(type, row)) not in _BACKGROUND_CELLS:
+        raise TypeError("a cell isn't of its column's type")
     cells = list(row)
     cells[3] = datetime.fromisoformat(cells[3])
     if cells[7] is not None:
@@ -448,17 +441,15 @@ def _to_json(
 def _from_json(
     cls: type[ExecutionRecord] | type[BackgroundRun],
     data: dict[str, object],
-    **zero: object,
+    **fields: Any,
 ) -> Values:
-    """The fields of a JSON object; `zero` has those that may be missing beyond the defaults."""
-    if not isinstance(data, dict):
-        raise TypeError(f"data must be a dict, not {type(data).__name__}")
-    fields: Values = zero
+    """The fields of a JSON object, beside those that are given for where it has none."""
+    _require("data", data, dict)
     for field in cls._fields:
         tag = _tag(field)
         value = data.get(tag)
         if value is None:
-            if field not in fields and field not in cls._field_defaults:
+            if field not in {**cls._field_defaults, **fields}:
                 raise ValueError(f"{tag} is missing")
         elif field in _TIMES:
             fields[field] = _instant_of_json(tag, value)
@@ -473,12 +464,17 @@ def _from_json(
 
 def _instant_of_json(what: str, value: object) -> datetime:
     """A time of RFC 3339, of which what is finer than a microsecond is cut."""
+    import re  # only here: it takes 5 ms
+
+    # section 5.6 there: fromisoformat() takes much more
+    shape = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:[0-5]\d)"
+    text = _text(what, value).upper()
     try:
-        moment = datetime.fromisoformat(_text(what, value))
+        if not re.fullmatch(shape, text, re.ASCII):
+            raise ValueError
+        moment = datetime.fromisoformat(text)
     except ValueError:
-        raise ValueError(
-            f"{what} must be a time in RFC 3339: {value!r} is none"
-        ) from None
+        raise ValueError(f"{what} must be a time in RFC 3339, not {value!r}") from None
     return datetime.fromisoformat(_instant(what, moment))
 
 
@@ -669,6 +665,7 @@ class DataStore(ABC):
 _APPLICATION_ID = 0x464C5753  # "FLWS"
 _VERSION = 2
 _PAGE = 100  # rows of a whole table in memory at once: values may be large
+_SHORT = 300  # characters of a name that is within the limit of every engine
 _BATCH = 500  # names in one statement, rows in one step: SQLite before 3.32 takes 999
 
 # Each table and index as SQLite has it; PostgreSQL's types stand in for these words there.
@@ -700,10 +697,9 @@ _TABLES = {
 }
 _INDEXES = (
     "CREATE UNIQUE INDEX history_by_id ON history (ref, id) WHERE id <> ''",
-    "CREATE INDEX history_by_ref ON history (ref, started_at, seq)",
-    "CREATE INDEX history_by_time ON history (started_at, seq)",
-    "CREATE INDEX history_running ON history (seq) WHERE status = 'running'",
-    "CREATE INDEX background_running ON background (id) WHERE status = 'running'",
+    "CREATE INDEX history_by_ref ON history (ref, started_at)",
+    "CREATE INDEX history_by_time ON history (started_at)",
+    "CREATE INDEX history_running ON history (pid) WHERE status = 'running'",
 )
 
 _SET_CACHE = """
@@ -806,9 +802,11 @@ _INSERT_VAR = """
 _SET_VAR = f"{_INSERT_VAR} DO UPDATE SET value = excluded.value"
 _ADD_VAR = f"{_INSERT_VAR} DO NOTHING"
 _GET_VAR = """
-    SELECT COALESCE(
-        (SELECT value FROM process_vars WHERE bucket = :bucket AND key = :key),
-        (SELECT value FROM process_vars WHERE bucket = 'root' AND key = :key))"""
+    SELECT value FROM (
+        SELECT COALESCE(
+            (SELECT value FROM process_vars WHERE bucket = :bucket AND key = :key),
+            (SELECT value FROM process_vars WHERE bucket = 'root' AND key = :key)) AS value
+    ) AS found WHERE value IS NOT NULL"""
 _VARS = """
     SELECT 0 AS inherited, key, value FROM process_vars WHERE bucket = :bucket
     UNION ALL
@@ -847,6 +845,9 @@ _ENDED_IN_BACKGROUND = """
     WHERE age > :keep OR started_at < :before"""
 _PRUNE = "DELETE FROM history WHERE seq IN (:names) AND status <> 'running'"
 _PRUNE_BACKGROUND = "DELETE FROM background WHERE id IN (:names) AND status <> 'running'"
+_IDS = """
+    SELECT id FROM history WHERE id >= :id AND id < :beyond
+    UNION SELECT id FROM background WHERE id >= :id AND id < :beyond"""
 
 # Whole tables in pages: of what kind, what reads a page behind the last row of the one
 # before, what adds a row of it elsewhere, and its columns.
@@ -1146,7 +1147,7 @@ def _is_gone(pid: int, owner: str, unnoted: bool) -> bool:
         return False
     if not owner:
         return unnoted and not _start_of(pid)
-    machine, boot, namespace, start = owner.split(" ")
+    machine, boot, namespace, start = f"{owner} - - -".split(" ")[:4]
     here = _owner_note(os.getpid()).split(" ")
     if machine != here[0]:
         return False
@@ -1177,12 +1178,28 @@ class _SQLStore(DataStore):
         """The store, for an operation that has transactions of its own; RuntimeError in a
         transaction()."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r})"
+
+    def _prepare(self) -> None:
+        """Make the store where it is missing, or fail at once."""
+        connection = self._connection()
+        with connection:
+            connection.prepare()
+
+    def _patient(self) -> _SQLStore:
+        """The same store with the timeout of a run's end."""
+        store = object.__new__(type(self))  # importing copy takes a millisecond
+        vars(store).update(vars(self))
+        store._timeout = max(self._timeout, _END_PATIENCE)
+        return store
+
     def _transact(
         self, write: bool, snapshot: bool = True
     ) -> AbstractContextManager[Execute]:
         """A transaction. Yields what executes a statement in it; where there is no store to
         read, what finds no rows. Without snapshot it is for one statement alone."""
-        return self._connection().transact(write)
+        return _transacted(self._connection(), write)
 
     def session(self) -> AbstractContextManager[Session]:
         """Yields a store whose operations share one connection, each in a transaction of its
@@ -1198,9 +1215,11 @@ class _SQLStore(DataStore):
         with self._transact(write=True) as execute:
             return sum([execute(each, values).rowcount for each in statements])
 
-    def _fetch(self, statement: str, **values: object) -> list[Row]:
+    def _fetch(self, statement: str, *kinds: type, **values: object) -> list[Any]:
+        """The rows of one statement, whose cells are of these types where any are named."""
         with self._transact(write=False, snapshot=False) as execute:
-            return execute(statement, values).fetchall()
+            rows: list[Row] = execute(statement, values).fetchall()
+        return self._checked_cells(rows, kinds) if kinds else rows
 
     def _fetch_each(
         self,
@@ -1225,19 +1244,39 @@ class _SQLStore(DataStore):
         name = _text(what, value)
         if not name:
             raise ValueError(f"{what} must not be empty")
-        if len(name) * 4 > self._name_limit and len(name.encode()) > self._name_limit:
+        if len(name) > _SHORT and len(name.encode()) > self._name_limit:
             raise ValueError(f"{what} must have at most {self._name_limit} bytes")
         return name
 
+    def _answers(self, questions: dict[str, str]) -> dict[str, object]:
+        """What a report says: the answers to questions, and how many rows each table has."""
+        counts = {table: f"SELECT count(*) FROM {table}" for table in _TABLES}
+        report: dict[str, object] = {"path": self.path}
+        with self._transact(write=False) as execute:
+            for name, question in {**questions, **counts}.items():
+                row = execute(question, {}).fetchone()
+                if row is None:
+                    reason = "there is no store here yet: `flowstore set` makes one"
+                    raise _error(StoreError, self.path, reason)
+                report[name] = row[0]
+        return report
+
+    def _checked_cells(self, rows: list[Any], kinds: tuple[type, ...]) -> list[Any]:
+        """Rows whose cells are of their columns' types: in SQLite a column may hold any."""
+        if any(tuple(map(type, row)) != kinds for row in rows):
+            raise self._damaged_row()
+        return rows
+
     def _made(self, make: Callable[[Row], T], rows: Iterable[Row]) -> list[T]:
-        """What rows hold; CorruptStoreError where a cell isn't of its column's type."""
+        """The records that rows hold."""
         try:
             return [make(row) for row in rows]
         except (TypeError, ValueError) as error:
-            reason = (
-                "a row of it is damaged: restore a backup, or delete what it belongs to"
-            )
-            raise _error(CorruptStoreError, self.path, reason) from error
+            raise self._damaged_row() from error
+
+    def _damaged_row(self) -> StoreError:
+        reason = "a row of it is damaged: restore a backup, or delete what it belongs to"
+        return _error(CorruptStoreError, self.path, reason)
 
     # cache
 
@@ -1245,13 +1284,13 @@ class _SQLStore(DataStore):
         self._run(_SET_CACHE, key=self._name("key", key), value=_bytes("value", value))
 
     def get_cache_entry(self, key: str) -> bytes | None:
-        rows = self._fetch(_GET_CACHE, key=self._name("key", key))
-        found = self._made(_only_bytes, rows)
-        return found[0] if found else None
+        for (value,) in self._fetch(_GET_CACHE, bytes, key=self._name("key", key)):
+            return value  # type: ignore[no-any-return]
+        return None
 
     def get_cache_entries(self, keys: Iterable[str]) -> dict[str, bytes]:
         names, rows = self._fetch_each(_GET_CACHES, "key", keys)
-        found = dict(self._made(_entry, rows))
+        found: dict[str, bytes] = dict(self._checked_cells(rows, (str, bytes)))
         return {name: found[name] for name in names if name in found}
 
     def list_cache_keys(self, prefix: str = "") -> list[str]:
@@ -1259,9 +1298,8 @@ class _SQLStore(DataStore):
         prefix = _text("prefix", prefix)
         beyond = _beyond(prefix)
         statement = _CACHE_KEYS_BETWEEN if beyond else _CACHE_KEYS
-        return self._made(
-            _only_text, self._fetch(statement, prefix=prefix, beyond=beyond)
-        )
+        rows = self._fetch(statement, str, prefix=prefix, beyond=beyond)
+        return [key for (key,) in rows]
 
     def delete_cache_entry(self, key: str) -> None:
         self._run(_DELETE_CACHE, key=self._name("key", key))
@@ -1318,7 +1356,7 @@ class _SQLStore(DataStore):
         return self._made(_execution, reversed(rows))
 
     def list_execution_refs(self) -> list[str]:
-        return self._made(_only_text, self._fetch(_REFS))
+        return [ref for (ref,) in self._fetch(_REFS, str)]
 
     def delete_execution_history(self, ref: str) -> None:
         self._run(_DELETE_HISTORY, ref=self._name("ref", ref))
@@ -1355,7 +1393,7 @@ class _SQLStore(DataStore):
 
     def list_process_buckets(self) -> list[str]:
         """The scopes that were made and not deleted, and those that have variables, in order."""
-        return self._made(_only_text, self._fetch(_BUCKETS))
+        return [bucket for (bucket,) in self._fetch(_BUCKETS, str)]
 
     def set_process_var(self, bucket: str, key: str, value: str) -> None:
         self._run(
@@ -1367,20 +1405,18 @@ class _SQLStore(DataStore):
 
     def get_process_var(self, bucket: str, key: str) -> str:
         bucket, key = self._name("bucket", bucket), self._name("key", key)
-        rows = self._fetch(_GET_VAR, bucket=bucket, key=key)
-        if rows and rows[0][0] is not None:
-            return self._made(_only_text, rows)[0]
-        others = "" if bucket == ROOT_BUCKET else f" or in {ROOT_BUCKET!r}"
-        reason = f"there is no variable {key!r} in the scope {bucket!r}{others}"
+        for (value,) in self._fetch(_GET_VAR, str, bucket=bucket, key=key):
+            return value  # type: ignore[no-any-return]
+        reason = f"there is no variable {key!r} in the scope {bucket!r} or in 'root'"
         raise _error(NotFoundError, self.path, reason)
 
     def get_all_process_vars(self, bucket: str) -> dict[str, str]:
-        rows = self._fetch(_VARS, bucket=self._name("bucket", bucket))
-        return dict(sorted(self._made(_variable, rows)))
+        rows = self._fetch(_VARS, int, str, str, bucket=self._name("bucket", bucket))
+        return dict(sorted((key, value) for _, key, value in rows))
 
     def get_process_var_keys(self, bucket: str) -> list[str]:
-        rows = self._fetch(_VARS, bucket=self._name("bucket", bucket))
-        return [key for key, _ in self._made(_variable, rows)]
+        rows = self._fetch(_VARS, int, str, str, bucket=self._name("bucket", bucket))
+        return [key for _, key, _ in rows]
 
     def delete_process_var(self, bucket: str, key: str) -> None:
         bucket, key = self._name("bucket", bucket), self._name("key", key)
@@ -1390,8 +1426,7 @@ class _SQLStore(DataStore):
 
     def _checked(self, kind: type[Record], record: Record) -> Values:
         """A record's row, with the note of whose it is where it runs."""
-        if not isinstance(record, kind):
-            raise TypeError(f"need a {kind.__name__}, not {type(record).__name__}")
+        _require("record", record, kind)
         values = _values(record)
         if kind is ExecutionRecord:
             self._name("ref", values["ref"])
@@ -1494,11 +1529,14 @@ class _SQLStore(DataStore):
         another machine or pid namespace, and what has no pid."""
         gone: list[tuple[str, Values]] = []
         with self._transact(write=False) as execute:
-            for running, fail in (
-                (_RUNNING, _FAIL),
-                (_RUNNING_IN_BACKGROUND, _FAIL_IN_BACKGROUND),
+            for kind, running, fail in (
+                (int, _RUNNING, _FAIL),
+                (str, _RUNNING_IN_BACKGROUND, _FAIL_IN_BACKGROUND),
             ):
-                for key, pid, owner, scope in execute(running, {}).fetchall():
+                rows = execute(running, {}).fetchall()
+                for key, pid, owner, scope in self._checked_cells(
+                    rows, (kind, int, str, str)
+                ):
                     if _is_gone(pid, owner, self._judges_unnoted):
                         values = {"id": key, "pid": pid, "owner": owner, "bucket": scope}
                         gone.append((fail, values))
@@ -1523,10 +1561,11 @@ class _SQLStore(DataStore):
         stay. Linear in what is there, in short transactions; a file gets smaller."""
         if keep is None and before is None:
             raise ValueError("prune needs keep, before or both")
-        if keep is not None and _integer("keep", keep) < 0:
+        kept = _MAX_INTEGER if keep is None else _integer("keep", keep)
+        if kept < 0:
             raise ValueError("keep must be 0 or more")
         values: Values = {
-            "keep": _MAX_INTEGER if keep is None else keep,
+            "keep": kept,
             "before": "" if before is None else _instant("before", before),
         }
         with self._whole("prune").session() as session:
@@ -1563,7 +1602,7 @@ class Session(_SQLStore):
 
     def __getattr__(self, name: str) -> Any:
         """What an engine's store says of itself: its path, the limit of names."""
-        return getattr(self._store, name)
+        return getattr(object.__getattribute__(self, "_store"), name)
 
     def _connection(self, held: bool = False) -> Connection:
         return self._held
@@ -1572,10 +1611,13 @@ class Session(_SQLStore):
         self, write: bool, snapshot: bool = True
     ) -> AbstractContextManager[Execute]:
         self._check()
-        in_one = self._atomic or (self._held.thread and not write)
+        if write and self._held.thread and not self._atomic:
+            reason = "its transaction() is open, and this would be no part of it"
+            raise RuntimeError(f"{self.path}: {reason}")
+        in_one = self._atomic or self._held.thread
         if in_one or not (write or snapshot):
             return self._held
-        return self._held.transact(write)
+        return _transacted(self._held, write)
 
     def _check(self) -> None:
         """Refuse a use that its connection would not survive, or that would take effect
@@ -1615,6 +1657,16 @@ class Session(_SQLStore):
         if not isinstance(store, SQLiteDataStore):
             raise NotImplementedError(f"{self.path}: only a file has a backup()")
         store.backup(target)
+
+
+@contextmanager
+def _transacted(connection: Connection, write: bool) -> Iterator[Execute]:
+    """A transaction for one operation; without a store, what is read finds nothing."""
+    with connection as execute:
+        there = connection.begin(write)
+        yield execute if there else _find_nothing
+        if write:
+            connection.commit()
 
 
 @contextmanager
@@ -1719,11 +1771,11 @@ class _ForkGate:
     """
 
     def __init__(self) -> None:
-        self.files = threading.RLock()  # while a file is made or opened: _make_file()
-        self.forks = threading.RLock()  # during a fork
+        self.files = RLock()  # while a file is made or opened: _make_file()
+        self.forks = RLock()  # during a fork
         self.forking = False  # whether one is near: a hint, cleared by who has the lock
         # weak: what an interrupt left open closes with the last reference to it
-        self.connections: set[weakref.ref[_Connection]] = set()
+        self.connections: set[weakly[_Connection]] = set()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(
                 before=self.before,
@@ -1737,21 +1789,17 @@ class _ForkGate:
 
     def enter(self, connection: _Connection) -> None:
         connection.user = get_ident()
-        self.connections.add(weakref.ref(connection))
+        self.connections.add(weakly(connection))
         if self.forking:
-            self.give_way(connection)
+            connection.user = 0  # it lets the fork that is coming go first
+            with self.forks:
+                self.forking = False
+                self.enter(connection)
 
     def leave(self, connection: _Connection) -> None:
         connection.user = 0
         if not connection.sql:
-            self.connections.discard(weakref.ref(connection))
-
-    def give_way(self, connection: _Connection) -> None:
-        """Let the fork that is coming go first."""
-        connection.user = 0
-        with self.forks:
-            self.forking = False
-            connection.user = get_ident()
+            self.connections.discard(weakly(connection))
 
     def before(self) -> None:
         self.forks.acquire()
@@ -1763,11 +1811,11 @@ class _ForkGate:
             time.sleep(0.001)
 
     def in_child(self) -> None:
-        self.files = threading.RLock()
+        self.files = RLock()
         inherited: list[object] = [*self.known()]
+        for each in self.known():
+            each.user = 0
         if inherited:
-            for each in self.known():
-                each.user = 0
             # never collected, so never closed here: that would undo what the parent writes
             inherited.append(inherited)
             gc.freeze()
@@ -1779,6 +1827,33 @@ _gate = _ForkGate()
 
 # What SQLite's primary result codes mean to a user: the kind of error, and what to do. What
 # isn't here is a StoreError with SQLite's own words.
+_KINDS = {
+    sqlite3.SQLITE_BUSY: (StoreBusyError, "another process has it locked: try again"),
+    sqlite3.SQLITE_LOCKED: (StoreBusyError, "another thread has it locked: try again"),
+    sqlite3.SQLITE_PROTOCOL: (StoreBusyError, "many begin to use it at once: try again"),
+    sqlite3.SQLITE_CORRUPT: (
+        CorruptStoreError,
+        "it is damaged: restore a backup, after the -wal and -shm beside it are removed",
+    ),
+    sqlite3.SQLITE_FULL: (StoreError, "the disk is full, nothing was changed: make room"),
+    sqlite3.SQLITE_READONLY: (
+        StoreError,
+        "it can't be written to: check the rights of file and folder",
+    ),
+    sqlite3.SQLITE_PERM: (
+        StoreError,
+        "it may not be used so: check the rights of the file",
+    ),
+    sqlite3.SQLITE_TOOBIG: (StoreError, "a value is too large: keep it in a file"),
+    sqlite3.SQLITE_CANTOPEN: (
+        StoreError,
+        "it can't be opened: check the rights of file and folder",
+    ),
+    sqlite3.SQLITE_IOERR: (
+        StoreError,
+        "it can't be read or written: is its disk full, failing or remote?",
+    ),
+}
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
 _NO_PLACE = (
     sqlite3.SQLITE_CANTOPEN,
@@ -1786,19 +1861,6 @@ _NO_PLACE = (
     sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_FULL,
 )
-_ADVICE = {
-    sqlite3.SQLITE_BUSY: "another process has it locked: try again",
-    sqlite3.SQLITE_LOCKED: "another connection has it locked: try again",
-    sqlite3.SQLITE_PROTOCOL: "many processes begin to use it at once: try again",
-    sqlite3.SQLITE_FULL: "the disk is full, and nothing was changed: make room",
-    sqlite3.SQLITE_READONLY: "it can't be written to: check the rights of file and folder",
-    sqlite3.SQLITE_PERM: "it may not be used so: check the rights of file and folder",
-    sqlite3.SQLITE_TOOBIG: "a value is larger than SQLite takes: keep it in a file",
-    sqlite3.SQLITE_CANTOPEN: "it can't be opened: check the rights of file and folder",
-    sqlite3.SQLITE_IOERR: "it can't be read or written: is its disk full, failing or remote?",
-    sqlite3.SQLITE_CORRUPT: "it is damaged: restore a backup, and remove the -wal and -shm"
-    " beside it before",
-}
 
 
 def _is_own(error: BaseException) -> bool:
@@ -1832,15 +1894,11 @@ def _explained(error: Exception, file: str) -> StoreError:
         return _error(StoreError, file, reason)
     if code == sqlite3.SQLITE_NOTADB:
         return _error(CorruptStoreError, file, _what_it_is(file))
-    kind = StoreBusyError if code in _BUSY else StoreError
-    if code == sqlite3.SQLITE_CORRUPT:
-        kind = CorruptStoreError
-    if code in _ADVICE:
-        return _error(kind, file, f"{_ADVICE[code]} ({error})")
-    if isinstance(error, sqlite3.Error) and not hasattr(error, "sqlite_errorcode"):
+    if not code:
         # the sqlite3 module's own error may quote a value, and values may be secret
         return _error(CorruptStoreError, file, "it has a text that is no UTF-8")
-    return _error(kind, file, f"SQLite says: {error}")
+    kind, advice = _KINDS.get(code, (StoreError, "SQLite can't do it"))
+    return _error(kind, file, f"{advice} ({error})")
 
 
 def _descriptors_are_left() -> bool:
@@ -1877,27 +1935,32 @@ def _what_it_is(file: str) -> str:
 class _Waiting:
     """The sleeps of one operation, until its timeout."""
 
-    def __init__(self, store: SQLiteDataStore) -> None:
+    def __init__(self, store: _SQLStore) -> None:
         self.store = store
         self.began = time.monotonic()
         self.slept = 0.0  # what counts where somebody has frozen the clock
 
-    def sleep(self) -> None:
-        """Sleep a moment, since others are at work; StoreBusyError after the timeout.
+    def left(self) -> float:
+        return self.store._timeout - max(time.monotonic() - self.began, self.slept)
+
+    def sleep(self, longest: float = 0.0) -> None:
+        """Sleep a moment, of at most `longest`, since others are at work; StoreBusyError
+        after the timeout.
 
         SQLite's own handler sleeps for up to 100 ms and starves the unluckiest of many. Here
-        whoever has waited for long tries oftener; but if all of 64 did, the one that has
-        the lock would find no time to go on.
+        whoever has waited for long tries oftener; but if all of 64 did, or all of 256 that
+        are patient, the one that has the lock would find no time to go on.
         """
-        waited = max(time.monotonic() - self.began, self.slept)
-        left = self.store._timeout - waited
+        left = self.left()
+        waited = self.store._timeout - left
         if left <= 0:
             reason = (
                 f"another process kept it locked for {waited:.1f} seconds:"
                 " try again, or wait longer by timeout="
             )
             raise _error(StoreBusyError, self.store.path, reason)
-        longest = 0.032 if waited < 0.5 else 0.008
+        often = max(0.008, self.store._timeout / 400)  # who may wait for long, less so
+        longest = longest or (0.032 if waited < 0.5 else often)
         jitter = 0.5 + time.perf_counter_ns() % 1000 / 1000
         pause = min(max(waited, 0.001) * jitter, longest * jitter, left)
         time.sleep(pause)
@@ -1927,7 +1990,7 @@ class _Moved(Exception):
     """The file at a store's path is another than that which was opened."""
 
 
-@cache
+@lru_cache
 def _uri(file: str) -> str:
     return "file:" + "".join(f"%{byte:02X}" for byte in os.fsencode(file))
 
@@ -1946,12 +2009,14 @@ def _connect(file: str, options: str) -> sqlite3.Connection:
 # trusted_schema and cell_size_check are for files from elsewhere. A reader's close may be
 # the last, with a checkpoint. A sort or vacuum must not need a folder for temporary files.
 _READ_SETTINGS = """
-    PRAGMA trusted_schema = OFF; PRAGMA cell_size_check = ON;
-    PRAGMA checkpoint_fullfsync = ON; PRAGMA temp_store = MEMORY"""
+    PRAGMA trusted_schema = OFF; PRAGMA cell_size_check = ON; PRAGMA temp_store = MEMORY"""
 # Before writes only: some of these read the file. Checkpoints are made by shorten_log().
 _WRITE_SETTINGS = f"""{_READ_SETTINGS};
-    PRAGMA synchronous = FULL; PRAGMA fullfsync = ON; PRAGMA wal_autocheckpoint = 0;
+    PRAGMA synchronous = FULL; PRAGMA wal_autocheckpoint = 0;
     PRAGMA journal_size_limit = 0; PRAGMA secure_delete = ON"""
+if sys.platform == "darwin":  # where a plain fsync() doesn't reach the disk
+    _READ_SETTINGS += "; PRAGMA checkpoint_fullfsync = ON"
+    _WRITE_SETTINGS += "; PRAGMA checkpoint_fullfsync = ON; PRAGMA fullfsync = ON"
 
 
 class _Connection:
@@ -1966,6 +2031,7 @@ class _Connection:
         self.inode = 0  # of the file that was opened
         self.at_rest: Any = None  # look(), where it is read as unchanging
         self.pid = os.getpid()
+        self.log_steps: int | None = None  # look_at_log() after its last write
         self.user = 0  # the thread that is in it
         self.thread = 0  # that holds a transaction() on it
 
@@ -1993,14 +2059,6 @@ class _Connection:
             quotes = isinstance(error, sqlite3.Error) and not _code(error)
             raise _explained(error, self.store.path) from (None if quotes else error)
 
-    @contextmanager
-    def transact(self, write: bool) -> Iterator[Execute]:
-        with self as execute:
-            there = self.begin(write)
-            yield execute if there else _find_nothing
-            if write:
-                self.commit()
-
     def execute(self, statement: str, values: Values) -> Any:
         """Execute a statement in the transaction that was begun; in a session also a single
         read without one, which is begun where that fails: somebody had the file to himself,
@@ -2016,34 +2074,34 @@ class _Connection:
 
     def begin(self, write: bool) -> bool:
         """Take the write lock, or a snapshot. Whether there is a store; a write makes it."""
-        self.refuse_use(write)
+        if len(_gate.connections) > 1:  # beside this one
+            self.refuse_use(write)
         if self.thread:
             return True  # a session's read takes part in its own transaction()
         self.rollback()  # what an interrupt has left
         established = bool(self.sql)
         at_rest = False
-        waiting = _Waiting(self.store)
+        waiting = None
         while True:
             try:
                 if not self.sql and not self.open(write, at_rest):
                     return False
                 return self.begin_here(write)
-            except (sqlite3.Error, OSError, _Moved) as error:
-                if isinstance(error, StoreError) or not _is_own(error):
-                    raise
+            except (sqlite3.Error, _Moved) as error:
                 no_place = _code(error) in _NO_PLACE and not write and not at_rest
                 self.recover(error, established, no_place)
                 at_rest = at_rest or no_place
+            waiting = waiting or _Waiting(self.store)
             waiting.sleep()
             if _gate.forking:
                 if not self.held:
                     self.close()  # else the child could not open the file
-                _gate.give_way(self)
+                _gate.enter(self)
 
     def refuse_use(self, write: bool) -> None:
         """Refuse a file that was open at a fork, and to wait for the lock of one's own."""
         for each in _gate.known():
-            if each.store._file != self.store._file:
+            if not each.sql or each.store._file != self.store._file:
                 continue
             if each.pid != self.pid:
                 reason = "it was open when this process was forked: use spawn, or exec"
@@ -2060,7 +2118,7 @@ class _Connection:
         self.rollback()
         if _code(error) in _BUSY:
             return
-        moved = not isinstance(error, OSError) and self.has_moved()
+        moved = self.has_moved()
         if moved and established:
             reason = "its file has been removed or replaced: open a new session"
             raise _error(StoreError, self.store.path, reason) from None
@@ -2078,7 +2136,8 @@ class _Connection:
             self.commit()
 
     def begin_here(self, write: bool) -> bool:
-        self.refuse_writing(write and bool(self.at_rest))  # SQLite would begin a read
+        if write and self.at_rest:  # SQLite would begin a read
+            self.refuse_writing()
         self.sql.execute("BEGIN IMMEDIATE" if write else "BEGIN")
         known = self.store._known
         complete = self.identify()
@@ -2174,25 +2233,26 @@ class _Connection:
             _make_private(file, status, made)
             # before anything else: BEGIN on an empty file settles it
             settings += "; PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL"
-        if at_rest or not _may_write(file):  # else -wal and -shm would be made, and left
-            self.open_at_rest(make)
+        if at_rest or not _may_write(file, status):  # else -wal and -shm would be left
+            if make:
+                self.refuse_writing()
+            self.open_at_rest()
             return True
         self.inode = status.st_ino
         self.connect("mode=rw", settings)
         return True
 
-    def open_at_rest(self, write: bool) -> None:
+    def open_at_rest(self) -> None:
         """Open a file in a place that can't be written, where SQLite can make no -shm to
         read by. With one beside it (somebody writes, or was killed) it is read by that;
         else as a file that doesn't change, and __exit__() looks whether that was so
         (https://www.sqlite.org/wal.html, "Read-Only Databases")."""
-        self.refuse_writing(write)
         state = self.look()
         file, log, index = state
         if not file:
             raise _Moved
         self.inode = file[0]
-        if index:
+        if index and index[-1] >= 32768:  # one that found no room is smaller
             self.connect("mode=ro", _READ_SETTINGS)
             return
         if log and log[-1]:
@@ -2203,10 +2263,9 @@ class _Connection:
         self.at_rest = state
         self.connect("mode=ro&immutable=1", _READ_SETTINGS)
 
-    def refuse_writing(self, write: bool) -> None:
-        if write:
-            reason = _ADVICE[sqlite3.SQLITE_READONLY]
-            raise _error(StoreError, self.store.path, reason)
+    def refuse_writing(self) -> NoReturn:
+        kind, advice = _KINDS[sqlite3.SQLITE_READONLY]
+        raise _error(kind, self.store.path, advice)
 
     def refuse_change(self) -> None:
         """Refuse what was read of a file at rest where it was not."""
@@ -2234,10 +2293,7 @@ class _Connection:
         elif os.name == "posix" and status.st_uid != os.geteuid():
             folder = os.stat(os.path.dirname(self.store._file))
             if folder.st_mode & stat.S_IWOTH:
-                reason = (
-                    "it is another user's, in a folder that anyone may write to: name"
-                )
-                reason += " a path in a folder of your own"
+                reason = "another user's, where anyone may write: name a path of your own"
         if reason:
             raise _error(StoreError, self.store.path, reason)
 
@@ -2269,18 +2325,26 @@ class _Connection:
             self.sql.execute("ROLLBACK")
 
     def commit(self) -> None:
-        """Make a write last, and keep the log short."""
+        """Make a write last, and keep the log short: each time that it has grown by a step,
+        since that holds others up."""
+        before = self.look_at_log() if self.log_steps is None else self.log_steps
         self.sql.execute("COMMIT")
-        if self.held and not self.thread and self.sql.total_changes % 4:
-            return  # looking at the log takes a tenth of a session's write
-        try:
-            steps, beyond = divmod(os.stat(f"{self.store._file}-wal").st_size, _LOG_STEP)
-            # about once in a step, since it holds others up
-            if steps and beyond < _LOG_STEP // 128:
+        if self.held and not self.thread and time.perf_counter_ns() % 4:
+            return  # now and then is enough: a look takes a tenth of a session's write
+        self.log_steps = self.look_at_log()
+        if self.log_steps > before:
+            try:
                 self.sql.execute("BEGIN IMMEDIATE")
                 self.shorten_log()
-        except (FileNotFoundError, sqlite3.Error):
-            pass  # what was to be written is; the log is the care of a later writer
+            except sqlite3.Error:
+                pass  # what was to be written is; the log is the care of a later writer
+
+    def look_at_log(self) -> int:
+        """How large the log is, in steps of _LOG_STEP."""
+        try:
+            return os.stat(f"{self.store._file}-wal").st_size // _LOG_STEP
+        except FileNotFoundError:
+            return 0
 
     def shorten_log(self) -> None:
         """End a write transaction with a checkpoint, after which the next writer begins the
@@ -2300,7 +2364,7 @@ class _Connection:
                 checkpoint = other.execute("PRAGMA wal_checkpoint(PASSIVE)")
                 _, pages, copied = checkpoint.fetchone()
                 if pages == copied:
-                    time.sleep(2 * pause)  # as long again, for those that began meanwhile
+                    time.sleep(max(4 * pause, 0.004))  # for those that began meanwhile
                     break
         finally:
             other.close()
@@ -2325,7 +2389,9 @@ class _Connection:
             sql.close()
 
 
-def _may_write(file: str) -> bool:
+def _may_write(file: str, status: os.stat_result) -> bool:
+    if status.st_uid == os.geteuid() and status.st_mode & stat.S_IWUSR:
+        return True
     # asking needs no descriptor, whose closing would drop this process's locks
     return os.access(file, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
@@ -2410,27 +2476,11 @@ class SQLiteDataStore(_SQLStore):
         self._known = (0, 0)  # inode and schema cookie of what was found to be a store
         self._prepare()
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.path!r})"
-
-    def _prepare(self) -> None:
-        """Make the store where it is missing, or fail at once."""
-        connection = _Connection(self)
-        with connection:
-            connection.prepare()
-
     def _connection(self, held: bool = False) -> _Connection:
         return _Connection(self, held)
 
     def _whole(self, operation: str) -> SQLiteDataStore:
         return self
-
-    def _patient(self) -> SQLiteDataStore:
-        import copy
-
-        store = copy.copy(self)
-        store._timeout = max(self._timeout, _END_PATIENCE)
-        return store
 
     def _address(self) -> str:
         return self.path
@@ -2493,16 +2543,8 @@ class SQLiteDataStore(_SQLStore):
             " FROM pragma_page_size, pragma_freelist_count",
             "schema": "PRAGMA user_version",
             "sqlite": "SELECT sqlite_version()",
-            **{table: f"SELECT count(*) FROM {table}" for table in _TABLES},
         }
-        report: dict[str, object] = {"path": self.path}
-        with self._transact(write=False) as execute:
-            for name, question in questions.items():
-                row = execute(question, {}).fetchone()
-                if row is None:
-                    reason = "there is no store here yet: `flowstore set` makes one"
-                    raise _error(StoreError, self.path, reason)
-                report[name] = row[0]
+        report = self._answers(questions)
         if report["check"] != "ok":
             reason = f"it is damaged ({report['check']}): restore a backup"
             raise _error(CorruptStoreError, self.path, reason)
@@ -2597,159 +2639,164 @@ def _resolved(path: str) -> str:
         return _resolved(os.path.join(folder, os.readlink(path)))
     except FileNotFoundError:
         return os.path.join(_resolved(folder), name)
+    except OSError as error:
+        if error.errno != 22:  # EINVAL: no link, but a file that others have just made
+            raise
+        return _resolved(path)
 
 
 # ---- PostgreSQL ----
 
-_SCHEMA = "flowstore"
-# As libpq takes it apart, which ends a password at the first @ or /. Where another @ follows,
-# one of them belongs to a part, and libpq would show pieces of a password in its messages.
+# As libpq takes a URL apart: a password ends at the first @ or /. Another @ belongs to a
+# part, of which libpq would show pieces in its messages, as of a % that encodes nothing.
 _SERVER_URL = (
-    r"(postgres(?:ql)?://)([^@/:]*(:[^@/]*)?@)?([^@/?]*(?:/[^@?]*)?)(?:\?([^@]*))?"
+    r"(?!.*(?:\s|%(?!(?!00)[0-9A-Fa-f]{2})))"
+    r"(postgres(?:ql)?://(?:[^@/]*@)?[^@?]*)\??([^@]*)"
 )
-_BAD_ESCAPE = "%(?!(?!00)[0-9A-Fa-f]{2})"
-_SECRET = "password|secret"
+_PASSWORD = r"(//[^/@:]*):[^/@]*(?=@)|\w*(?:password|secret)\w*=[^&\s]*&?"
+# The server lets go of a machine that has vanished, and so do we of a server. What a URL
+# has of its own comes after these, and wins.
+_DRIVER_OPTIONS = (
+    "client_encoding=UTF8&keepalives_idle=10&keepalives_interval=5&keepalives_count=3"
+    "&tcp_user_timeout=25000&connect_timeout="
+)
+# All that a transaction depends on, whatever the role, the database or a pool has set; 0 is
+# no limit, and the lock's in milliseconds follows, at least 1.
+_BEGIN = """
+    SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0;
+    SET LOCAL client_encoding = 'UTF8'; SET LOCAL bytea_output = 'hex';
+    SET LOCAL tcp_keepalives_idle = 10; SET LOCAL tcp_keepalives_interval = 5;
+    SET LOCAL tcp_keepalives_count = 3; SET LOCAL tcp_user_timeout = 25000;
+    SET LOCAL lock_timeout = """
+_WRITING = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"
+_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 
-# What stands there for the words of _TABLES, in this order. Text sorts by code points.
+# What stands for the words of _TABLES, in this order. Text sorts by code points.
 _SERVER_TYPES = {
     "seq INTEGER PRIMARY KEY": "seq BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY",
     " INTEGER": " BIGINT",
     " TEXT": ' TEXT COLLATE "C"',
     " BLOB": " BYTEA",
 }
-# The one row of this table is the store's lock, and says by its version that it is one.
-_STORE_TABLE = "CREATE TABLE store (version INTEGER NOT NULL)"
-
-# All that a transaction depends on, whatever the role, the database or a pool has set: 0 is
-# no limit. The probes find a machine that has vanished within half a minute.
-_BEGIN = """
-    BEGIN ISOLATION LEVEL {isolation}; SET LOCAL search_path = {schema}, pg_temp;
-    SET LOCAL client_encoding = 'UTF8'; SET LOCAL bytea_output = 'hex';
-    SET LOCAL lock_timeout = {milliseconds}; SET LOCAL statement_timeout = 0;
-    SET LOCAL idle_in_transaction_session_timeout = 0; SET LOCAL tcp_keepalives_idle = 10;
-    SET LOCAL tcp_keepalives_interval = 5; SET LOCAL tcp_keepalives_count = 3;
-    SET LOCAL tcp_user_timeout = 25000"""
-_DRIVER_OPTIONS = {
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 25000,
-}
-# to_regclass() would answer from a cache that may be old
-_LOOK = """
-    SELECT 'encoding', current_setting('server_encoding')
-    UNION ALL
-    SELECT 'schema', CAST(nspname AS TEXT) FROM pg_catalog.pg_namespace
-    WHERE nspname = :schema
-    UNION ALL
-    SELECT CAST(relkind AS TEXT), CAST(relname AS TEXT) FROM pg_catalog.pg_class
-    JOIN pg_catalog.pg_namespace AS named ON named.oid = relnamespace
-    WHERE nspname = :schema"""
-# Which server and database: a copy of a server's files has another start.
+# Its one row is the store's lock, and says that it is one, of which version.
+_STORE_TABLE = f"""
+    CREATE TABLE store (version INTEGER NOT NULL); INSERT INTO store VALUES ({_VERSION})"""
+# What is in a schema: nothing where it is missing, a NULL where it is empty. to_regclass()
+# would answer from a cache that may be old.
+_IN_SCHEMA = """
+    SELECT CAST(relname AS TEXT) FROM pg_catalog.pg_namespace AS named
+    LEFT JOIN pg_catalog.pg_class ON relnamespace = named.oid WHERE nspname = :schema"""
+# Which server and database: a copy of its files has another start.
 _WHERE = """
     SELECT CAST(EXTRACT(EPOCH FROM pg_postmaster_start_time()) * 1000000 AS BIGINT), oid
     FROM pg_catalog.pg_database WHERE datname = current_database()"""
+# The table's lock, not the row's: who waits for that holds the table, and would be waited
+# for. The schema stays where something is in it, or where it is another's.
+_DROP = f"""
+    LOCK TABLE store; DROP TABLE store, {", ".join(_TABLES)};
+    DO $$ BEGIN
+        EXECUTE format('DROP SCHEMA %I', current_schema());
+    EXCEPTION WHEN dependent_objects_still_exist OR insufficient_privilege THEN
+    END $$"""
 
-# What the codes of PostgreSQL mean to a user (its documentation, appendix A). What isn't
-# here is a StoreError with the server's own words.
+# What PostgreSQL's codes (its documentation, appendix A), or their first two characters,
+# mean to a user. What isn't here is a StoreError with the server's own words.
 _LOCKED = "others keep it locked: try again, or wait longer by timeout="
-_NO_REACH = "the server can't be reached, or was lost: see that it runs, and try again"
 _READ_ONLY = "this server can only be read (a standby?): name the one that is written to"
 _SERVER_ADVICE = {
-    "": _NO_REACH,
-    "08": _NO_REACH,
-    "57P01": _NO_REACH,
-    "57P02": _NO_REACH,
+    "08": "the server can't be reached, or was lost: see that it runs, and try again",
+    "57": "the server has ended the connection: see that it runs, and try again",
     "55P03": _LOCKED,
     "40P01": _LOCKED,
     "40001": _LOCKED,
     "53300": "the server has too many clients: try again, or wait longer by timeout=",
     "57P03": "the server is starting or stopping: try again",
     "57014": "the statement was cancelled: try again",
+    "28": "the server doesn't let this user in: check its name, and pg_hba.conf there",
     "28P01": "wrong password: write it percent-encoded, or see PGPASSWORD and ~/.pgpass",
-    "28000": "the server doesn't let this user in: check its name, and pg_hba.conf there",
-    "3D000": "there is no such database: create it, or name another",
+    "3D000": "there is no such database or user: create it, or name another",
     "42501": "this role lacks a right: have it granted",
-    "42P01": "a table of it is missing: restore it, or destroy the store",
-    "25006": _READ_ONLY,
-    "0A000": _READ_ONLY,
-    "25P03": "the server ended a transaction that was idle: raise its limit",
+    "42P01": "one of its tables is missing: restore a backup",
+    "25": _READ_ONLY,
+    "0A": _READ_ONLY,
+    "25P03": "the server has ended what was idle: raise its limit, and try again",
     "53100": "the server's disk is full, and nothing was changed: make room",
-    "54000": "a value is larger than PostgreSQL takes: keep it in a file",
+    "54": "a value is larger than PostgreSQL takes: keep it in a file",
 }
 _SERVER_BUSY = ("55P03", "40P01", "40001", "53300", "57P03", "57014")
-# While others make the tables, or drop them; and what passes while connecting.
-_SERVER_AGAIN = (
-    *("23505", "42P06", "42P07", "40001", "40P01", "XX000", "3F000", "42P01"),
-    *("53300", "57P03"),
-)
+# At the start of a transaction: others make the tables or drop them, and what passes.
+_SERVER_AGAIN = [
+    "23505",
+    "42P06",
+    "42P07",
+    "40001",
+    "40P01",
+    "XX000",
+    "3F000",
+    "42P01",
+    "53300",
+    "57P03",
+]
+_NO_CODE = "08000"  # of what has none: the connection is lost, or there was never one
 # psycopg gives no code while connecting, only the server's words.
-_CONNECT_PHRASES = {
+_CONNECTING = {
     "too many": "53300",
-    "connection slots are reserved": "53300",
+    "slots are reserved": "53300",
     "starting up": "57P03",
     "shutting down": "57P03",
-    "in recovery mode": "57P03",
+    "recovery mode": "57P03",
     "not yet accepting": "57P03",
-    "password authentication failed": "28P01",
-    "no password supplied": "28P01",
-    "no pg_hba.conf entry": "28000",
+    "password": "28P01",
+    "pg_hba.conf": "28000",
     "authentication failed": "28000",
     "does not exist": "3D000",
 }
 
 
-def _sqlstate(error: BaseException) -> str | None:
-    """A driver's code for an error, "" where it has none; None for what isn't a driver's:
-    those have a class named Error (PEP 249), or are the system's, with a number."""
-    if isinstance(error, StoreError):
-        return None
+def _said(error: BaseException) -> tuple[str, str]:
+    """The code and the words of a driver's error, "" for any other: those have a class named
+    Error (PEP 249), or are the system's, with a number, as a handler's have none."""
     system = isinstance(error, OSError) and error.errno is not None
     if not system and "Error" not in [each.__name__ for each in type(error).__mro__]:
-        return None
-    code = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-    if code:
-        return str(code)
-    if error.args and isinstance(error.args[0], dict):  # pg8000
-        return str(error.args[0].get("C", ""))
-    for phrase, meaning in _CONNECT_PHRASES.items():
-        if phrase in str(error):
-            return meaning
-    return ""
-
-
-def _server_error(
-    error: BaseException, store: PostgresDataStore, unknown: str = ""
-) -> StoreError:
-    """The store's error for one of a driver, in one line without a password."""
-    import re
-
-    code = _sqlstate(error) or ""
+        return "", ""
+    told = error.args[0] if error.args else None
+    if isinstance(told, dict):  # pg8000
+        return told["C"], told["M"]
     words = str(error)
-    if error.args and isinstance(error.args[0], dict):
-        words = error.args[0].get("M", words)
-    elif getattr(error, "sqlstate", None):
-        words = words.partition("\n")[0]  # what follows may quote a value
-    words = " ".join(words.replace(store._url, store.path).split())
-    words = re.sub(r"(//[^\s/@:]*):[^\s@]*@", r"\1@", words)
-    words = re.sub(r"((password|secret)\w*=)[^\s&]*", r"\1***", words)
+    code = getattr(error, "sqlstate", getattr(error, "pgcode", None))
+    if code:
+        return code, words.partition("\n")[0]  # what follows may quote a value
+    codes = [code for phrase, code in _CONNECTING.items() if phrase in words]
+    return [*codes, _NO_CODE][0], words
+
+
+def _server_error(path: str, error: BaseException, unknown: str = "") -> StoreError:
+    """The store's error for one of a driver, in one line."""
+    code, words = _said(error)
     kind = StoreBusyError if code in _SERVER_BUSY and not unknown else StoreError
     advice = _SERVER_ADVICE.get(code) or _SERVER_ADVICE.get(code[:2], "PostgreSQL says")
-    return _error(kind, store.path, f"{unknown or advice} ({words})")
+    words = " ".join(_without_password(words).split())
+    return _error(kind, path, f"{unknown or advice} ({words})")
 
 
-@cache
+def _without_password(text: str) -> str:
+    import re
+
+    return re.sub(_PASSWORD, r"\1", text).rstrip("?&")
+
+
+@lru_cache(maxsize=200)
 def _positional(statement: str) -> tuple[str, list[str]]:
-    """A statement as PEP 249 drivers of format `format` take it, and its values' names."""
+    """A statement as drivers of paramstyle `format` take it, and the names of its values."""
     import re
 
     return re.sub(r":\w+", "%s", statement), re.findall(r":(\w+)", statement)
 
 
-_begun: set[_ServerConnection] = set()  # the connections that are in a transaction
+_begun: set[_PostgresConnection] = set()  # the connections that are in a transaction
 
 
-class _ServerConnection:
+class _PostgresConnection:
     """One connection to a server. Only here it is opened, and transactions begun and ended.
     `with` encloses each use of it: any exception in it closes the connection, which may be
     in the middle of an answer, and what a driver raises becomes a StoreError."""
@@ -2770,162 +2817,118 @@ class _ServerConnection:
             self.rollback()
         if error is not None or not self.held:
             self.close()
-        if error is not None and _sqlstate(error) is not None:
-            raise _server_error(error, self.store) from error
-
-    @contextmanager
-    def transact(self, write: bool) -> Iterator[Execute]:
-        with self as execute:
-            there = self.begin(write)
-            yield execute if there else _find_nothing
-            if write:
-                self.commit()
+        if error is not None and _said(error)[0]:
+            raise _server_error(self.store.path, error) from None  # it may quote secrets
 
     def execute(self, statement: str, values: Values) -> Any:
         """Execute a statement in the transaction that was begun; a session's single read
         begins its own. Where a table is missing, somebody may have dropped the store."""
-        if not self.in_transaction() and not self.begin(False):
-            return _NoRows()
         try:
-            return self.run(statement, values)
+            if self in _begun or self.begin(False):
+                return self.run(statement, values)
         except Exception as error:
-            if self.writes or _sqlstate(error) != "42P01":
+            if self.writes or _said(error)[0] != "42P01":
                 raise
-        self.rollback()
-        self.store._known = False
-        return self.run(statement, values) if self.begin(False) else _NoRows()
+            self.store._known = False
+            if self.begin(False):
+                return self.run(statement, values)
+        return _NoRows()
 
     def run(self, statement: str, values: Values | None = None) -> Any:
+        """Execute a statement, or several without values."""
         cursor = self.sql.cursor()
         if values:
             text, names = _positional(statement)
             cursor.execute(text, [values[name] for name in names])
         else:
-            cursor.execute(statement)  # which may be several, or have a name with a %
+            cursor.execute(statement)
         return cursor
 
     def begin(self, write: bool) -> bool:
         """Take the write lock, or a snapshot. Whether there is a store; a write makes it."""
-        began = time.monotonic()
-        slept = 0.0  # what counts where somebody has frozen the clock
+        waiting = _Waiting(self.store)
         used = self.sql is not None
         while True:
-            left = self.store._timeout - max(time.monotonic() - began, slept)
             try:
-                return self.begin_here(write, left)
+                return self.begin_here(write, waiting.left())
             except Exception as error:
-                code = _sqlstate(error)
-                if code is None:
-                    raise
+                code, _ = _said(error)
                 self.close()
-                died = code == "" or code.startswith(("08", "57"))
-                if not (used and died) and (code not in _SERVER_AGAIN or left <= 0):
+                if used and code.startswith(("08", "57")):
+                    used = False  # it has died since its last use: connect anew, once
+                    continue
+                if code not in _SERVER_AGAIN or waiting.left() <= 0:
                     raise
-            used = False  # so that what has died since its last use is replaced once
             self.store._known = False
-            pause = 0.02 * (time.perf_counter_ns() % 1000) / 1000
-            time.sleep(pause)
-            slept += pause
+            waiting.sleep(longest=0.05)
 
     def begin_here(self, write: bool, left: float) -> bool:
         if self.sql is None:
-            self.open(left)
-        self.start(write, left)
-        if not self.store._known and not self.look(write):
-            self.rollback()
-            return False
-        if write or not self.store._known:
-            lock = " FOR UPDATE" if write else ""
-            self.verify(self.run(f"SELECT version FROM {self.store._quoted}.store{lock}"))
-        return True
-
-    def open(self, left: float) -> None:
-        store = self.store
-        if store._connect:
-            self.sql = store._connect()
+            self.sql = self.store._connect()
             self.sql.commit()  # what was left open would not take our isolation
-            return
-        options = {"connect_timeout": max(int(left), 2), **_DRIVER_OPTIONS}
-        for name in store._url_options.intersection(options):
-            del options[name]
-        # through a pooler, a prepared statement would meet another of its connections
-        fixed = {"prepare_threshold": None, "autocommit": True, "client_encoding": "UTF8"}
-        self.sql = store._driver.connect(store._url, **fixed, **options)
+        self.start(write, left)
+        known = self.store._known
+        if not known and not self.look(write):
+            return False
+        if write or not known:
+            lock = " FOR UPDATE" if write else ""
+            rows = self.run(f"SELECT version FROM {self.store._quoted}.store{lock}")
+            versions = [version for (version,) in rows]
+            if versions != [_VERSION]:
+                self.refuse(f"has version {versions}, not {_VERSION}: update flowstore")
+            self.store._known = True
+        return True
 
     def start(self, write: bool, left: float) -> None:
         """Begin a transaction, with all that it depends on."""
-        isolation = "READ COMMITTED READ WRITE" if write else "REPEATABLE READ READ ONLY"
-        beginning = _BEGIN.format(
-            isolation=isolation,
-            schema=self.store._quoted,
-            milliseconds=max(int(left * 1000), 1),
-        )
-        self.run(beginning)
+        self.rollback()
+        beginning = _WRITING if write else _READING
+        path = f"SET LOCAL search_path = {self.store._quoted}, pg_temp"
+        self.run(f"{beginning}; {_BEGIN}{max(int(left * 1000), 1)}; {path}")
+        me = get_ident(), self.pid
+        mine = [each for each in list(_begun) if (each.thread, each.pid) == me]
+        if write and mine and self.where() in [each.where() for each in mine]:
+            reason = "this thread holds a transaction() on it, and would wait for itself"
+            raise RuntimeError(f"{self.store.path}: {reason}")
         _begun.add(self)
         self.writes = write
-        for each in list(_begun) if write else ():
-            mine = each.writes and each.thread == get_ident() and each.pid == self.pid
-            if mine and each is not self and each.where() == self.where():
-                reason = (
-                    "this thread holds a transaction() on it, and would wait for itself"
-                )
-                raise RuntimeError(f"{self.store.path}: {reason}")
 
-    def where(self) -> tuple[object, ...]:
+    def where(self) -> object:
         """What is equal for connections to one store."""
-        return (*self.run(_WHERE).fetchone(), self.store._schema)
+        return *self.run(_WHERE).fetchone(), self.store._schema
 
     def look(self, make: bool) -> bool:
-        """Whether the schema has the store's tables, which may be made where it is empty or
-        missing. One with something else is refused."""
-        path, schema = self.store.path, self.store._schema
-        rows = [tuple(row) for row in self.run(_LOOK, {"schema": schema}).fetchall()]
-        encoding = dict(rows)["encoding"]
-        if encoding != "UTF8":
-            reason = f"the database's encoding is {encoding}: name one that has UTF8"
-            raise _error(StoreError, path, reason)
-        there = ("schema", schema) in rows
-        missing = {"store", *_TABLES}.difference(
-            name for kind, name in rows if kind == "r"
-        )
-        if missing and len(rows) > 1 + there:
-            reason = f"the schema {schema!r} has something else in it, and no table"
-            reason += f" {min(missing)!r}: name another by schema=, or restore a backup"
-            raise _error(StoreError, path, reason)
+        """Whether the schema has the store's tables, which are made where it is empty or
+        missing, if they may."""
+        rows = self.run(_IN_SCHEMA, {"schema": self.store._schema})
+        found = {name for (name,) in rows}
+        missing = {"store", *_TABLES} - found
+        if missing and found - {None}:
+            self.refuse(f"has no table {min(missing)!r}, but something else")
         if missing and make:
-            self.create(there)
+            self.create(there=bool(found))
         return make or not missing
+
+    def refuse(self, reason: str) -> NoReturn:
+        way = "name another by schema=, or restore a backup"
+        reason = f"its schema {self.store._schema!r} {reason}; {way}"
+        raise _error(StoreError, self.store.path, reason)
 
     def create(self, there: bool) -> None:
         """Make the tables. Others who do so at the same time fail, and look again."""
+        [encoding] = self.run("SHOW server_encoding").fetchone()
+        if encoding != "UTF8":
+            self.refuse(f"is in a database of encoding {encoding}, where UTF8 is needed")
         if not there:
             self.run(f"CREATE SCHEMA {self.store._quoted}")
-        for definition in (_STORE_TABLE, *_TABLES.values(), *_INDEXES):
-            for word, other in _SERVER_TYPES.items():
-                definition = definition.replace(word, other)
-            self.run(definition)
-        self.run(f"INSERT INTO store (version) VALUES ({_VERSION})")
-
-    def verify(self, rows: Iterable[Row]) -> None:
-        """Refuse a store of another version, or what isn't one any more."""
-        versions = [version for (version,) in rows]
-        if versions == [_VERSION]:
-            self.store._known = True
-            return
-        reason = f"the schema {self.store._schema!r} is "
-        if len(versions) != 1:
-            reason += "no whole store: its table 'store' was emptied; restore a backup"
-        elif versions[0] > _VERSION:
-            reason += f"of version {versions[0]}: update flowstore"
-        else:
-            reason += f"of version {versions[0]}, an unreleased one: name another"
-        raise _error(StoreError, self.store.path, reason)
+        script = ";".join([_STORE_TABLE, *_TABLES.values(), *_INDEXES])
+        for word, other in _SERVER_TYPES.items():
+            script = script.replace(word, other)
+        self.run(script)
 
     def prepare(self) -> None:
         """See that there is a store that can be read, made where it is missing."""
-        there = self.begin(False)
-        self.rollback()
-        if not there:
+        if not self.begin(False):
             self.begin(True)
             self.commit()
 
@@ -2936,38 +2939,34 @@ class _ServerConnection:
         try:
             self.sql.commit()
         except Exception as error:
-            if _sqlstate(error) is None:
+            if not _said(error)[0]:
                 raise
             unknown = "it failed while committing: look whether that has taken effect"
-            raise _server_error(error, self.store, unknown) from error
+            raise _server_error(self.store.path, error, unknown) from None
         _begun.discard(self)
 
     def rollback(self) -> None:
-        if self.in_transaction():
-            _begun.discard(self)
-            if not _succeeds(self.sql.rollback):
-                self.close()
-
-    def give_space_back(self) -> None:
-        """The server does so by itself."""
+        if self in _begun:
+            self.end(self.sql.rollback)
 
     def close(self) -> None:
         """Close it, but never in a forked child: that would end the parent's session."""
+        if self.sql is not None and self.pid == os.getpid():
+            self.end(self.sql.close)
+        self.sql = None
+
+    def end(self, way: Callable[[], object]) -> None:
+        """Roll back, or close; where a driver can't, there is nothing left to do so with."""
         _begun.discard(self)
-        sql, self.sql = self.sql, None
-        if sql is not None and self.pid == os.getpid():
-            _succeeds(sql.close)
+        try:
+            way()
+        except Exception as error:
+            self.sql = None
+            if not _said(error)[0]:
+                raise
 
-
-def _succeeds(end: Callable[[], object]) -> bool:
-    """Whether a driver ends something; there is nothing left to do where it can't."""
-    try:
-        end()
-    except Exception as error:
-        if _sqlstate(error) is None:
-            raise
-        return False
-    return True
+    def give_space_back(self) -> None:
+        """The server does so by itself."""
 
 
 class PostgresDataStore(_SQLStore):
@@ -2975,15 +2974,14 @@ class PostgresDataStore(_SQLStore):
 
     url: postgresql://user:password@host:port/database?schema=NAME, as libpq takes it besides
     the schema, which has the store's tables, made where they are missing; the argument
-    schema wins, the default is "flowstore". timeout: the seconds that an operation waits for
+    schema wins, "flowstore" is the default. timeout: the seconds that an operation waits for
     others. connect: what returns a new connection of a PEP 249 driver of paramstyle format
     or pyformat, which is closed after use; else psycopg 3 connects. Every operation has a
     connection of its own: take a session() for loops. `path` is the URL without a password.
     """
 
-    _name_limit = (
-        1300  # bytes; two share an index row of 2,704: bucket and key, ref and id
-    )
+    # two names share an index row of 2,704 bytes: bucket and key, ref and id
+    _name_limit = 1300
     _judges_unnoted = False
 
     def __init__(
@@ -2998,114 +2996,69 @@ class PostgresDataStore(_SQLStore):
         from urllib.parse import quote, unquote
 
         self._timeout = _seconds(timeout)
-        if connect is not None and not callable(connect):
-            raise TypeError("connect must be callable")
         found = re.fullmatch(_SERVER_URL, _text("url", url))
-        if found is None or re.search(_BAD_ESCAPE, url):
+        if found is None:
             reason = (
                 "url must be postgresql://user:password@host:port/database?name=value"
             )
             raise ValueError(
-                f"{reason}, with %40 for @, %2F for / and %25 for % in a part"
+                f"{reason}, with %40 for @, %2F for /, %25 for % and %20 for a space"
             )
-        scheme, credentials, password, place, query = found.groups("")
-        options = {}  # by their names, as they are written
-        for part in filter(None, query.split("&")):
-            options[unquote(part.partition("=")[0])] = part
-        given = unquote(options.pop("schema", f"schema={_SCHEMA}").partition("=")[2])
-        self._schema = given if schema is None else _text("schema", schema)
+        place, query = found.groups()
+        option = "&schema=([^&]*)"
+        given = [unquote(each) for each in re.findall(option, f"&{query}")]
+        others = re.sub(option, "", f"&{query}").rstrip("&")
+        self._schema = (
+            [*given, "flowstore"][0] if schema is None else _text("schema", schema)
+        )
         if not 0 < len(self._schema.encode()) <= 63:  # the server would cut it
             raise ValueError("schema must have 1 to 63 bytes")
         self._quoted = _quoted(self._schema)
-        self._url_options = set(options)
-        self._url = scheme + credentials + place + _query(options.values())
-        if self._schema != _SCHEMA:
-            options["schema"] = f"schema={quote(self._schema, safe='')}"
-        self._whole_url = scheme + credentials + place + _query(options.values())
-        shown = [part for name, part in options.items() if not re.search(_SECRET, name)]
-        user = credentials.replace(f"{password}@", "@")
-        self.path = scheme + user + place + _query(shown)
-        self._connect: Any = connect
-        self._driver: Any = None if connect else self._psycopg()
+        self._whole_url = f"{place}?schema={quote(self._schema)}{others}"
+        self.path = _without_password(url)
+        limits = f"{_DRIVER_OPTIONS}{max(int(self._timeout), 2)}"
+        self._connect: Any = connect or self._psycopg(f"{place}?{limits}{others}")
         self._known = False  # whether the schema has been found to be a store
         self._prepare()
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.path!r})"
-
-    def _psycopg(self) -> object:
+    def _psycopg(self, url: str) -> Callable[[], object]:
         try:
             import psycopg
         except ImportError as error:
             reason = f"its driver is missing: pip install 'flowstore[postgres]' ({error})"
             raise _error(StoreError, self.path, reason) from error
-        return psycopg
+        # through a pooler, a prepared statement would meet another of its connections
+        return lambda: psycopg.connect(url, autocommit=True, prepare_threshold=None)
 
-    def _prepare(self) -> None:
-        """Make the store where it is missing, or fail at once."""
-        connection = _ServerConnection(self)
-        with connection:
-            connection.prepare()
-
-    def _connection(self, held: bool = False) -> _ServerConnection:
-        return _ServerConnection(self, held)
+    def _connection(self, held: bool = False) -> _PostgresConnection:
+        return _PostgresConnection(self, held)
 
     def _whole(self, operation: str) -> PostgresDataStore:
         return self
-
-    def _patient(self) -> PostgresDataStore:
-        import copy
-
-        store = copy.copy(self)
-        store._timeout = max(self._timeout, _END_PATIENCE)
-        return store
 
     def _address(self) -> str:
         return self._whole_url
 
     def _identity(self) -> object:
-        connection = _ServerConnection(self)
+        connection = self._connection()
         with connection:
             connection.begin(False)
             return connection.where()
 
     def _destroy(self) -> None:
-        connection = _ServerConnection(self)
+        connection = self._connection()
         with connection:
-            if not connection.begin(False):
-                return
-            connection.rollback()
-            connection.start(True, self._timeout)
-            # not the row's lock: who waits for that has the table, so it would be a deadlock
-            connection.run("LOCK TABLE store")
-            for name in ("store", *_TABLES):
-                connection.run(f"DROP TABLE {name}")
-            connection.commit()
-            self._known = False
-            connection.start(True, self._timeout)
-            try:
-                connection.run(f"DROP SCHEMA {self._quoted}")
+            if connection.begin(False):
+                connection.start(True, self._timeout)
+                connection.run(_DROP)
                 connection.commit()
-            except Exception as error:
-                # something is in it, it is another's, or somebody has dropped it
-                if _sqlstate(error) not in ("2BP01", "42501", "3F000"):
-                    raise
+                self._known = False
 
     def _report(self) -> dict[str, object]:
-        """What `check` tells: that the tables are there, and what is in them."""
+        """That the tables are there, the version of server and schema, and the counts."""
         self._known = False
-        with _lone_transaction(self, write=False) as reader:
-            [[server]] = reader._fetch("SELECT current_setting('server_version')")
-            counts = {
-                name: reader._fetch(f"SELECT count(*) FROM {name}")[0][0]
-                for name in _TABLES
-            }
-        return {"path": self.path, "schema": _VERSION, "server": server, **counts}
-
-
-def _query(parts: Iterable[str]) -> str:
-    joined = "&".join(parts)
-    return f"?{joined}" if joined else ""
+        server = "SELECT current_setting('server_version')"
+        return self._answers({"schema": "SELECT version FROM store", "server": server})
 
 
 # ---- the end of a store, moving old data ----
@@ -3498,7 +3451,6 @@ class _BoltImport:
         """Add what is in the bucket of this path; what can't be read is a problem."""
         wanted = _BUCKET if path in self.OF_BUCKETS else _VALUE
         for what, key, value in entries:
-            place = _legacy_text(b"/".join(path)), _legacy_text(key)
             try:
                 if what != wanted:
                     raise ValueError(f"{what}, where {wanted} belongs")
@@ -3507,7 +3459,8 @@ class _BoltImport:
             except (TypeError, ValueError) as error:
                 if not _is_own(error):
                     raise
-                self.added.problem(*place, str(error))
+                bucket = _legacy_text(b"/".join(path))
+                self.added.problem(bucket, _legacy_text(key), str(error))
             if what == wanted == _BUCKET:
                 self.add((*path, key), self.file.entries(value))
 
@@ -3592,14 +3545,29 @@ class _Command(NamedTuple):
     act: Act
     usage: str
     sentence: str
-    options: dict[str, str]
+    help: dict[str, str]  # of its options, as they are declared
+    flags: dict[str, str]  # what stands for the value of each option, "" for a switch
     example: str
 
 
+class _Options:
+    """What a command line says; what it doesn't is None."""
+
+    name: str
+    command: Any  # what follows `--`
+    id: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return None
+
+
 _COMMANDS: dict[str, _Command] = {}
+_FLAGS: dict[str, str] = {}  # of all commands
 _SHARED = {
-    "--store PATH": "use this store: a file, or postgresql://...",
+    "--store PATH": "use this store: a file, or postgresql://…",
     "--json": "print one JSON document, for programs",
+    "--help": "explain the command",
+    "--version": "print the version of flowstore",
 }
 _GLOBAL = {"--global": "in the scope root, which all others fall back to"}
 
@@ -3611,10 +3579,13 @@ def _command(
     left out; after `--`: a command line, taken as it is), its options are `--flag` or
     `--flag VALUE` with what they do. The function finds REF as options.ref, `-n N` as
     options.n, what follows `--` as options.command; what isn't given is None."""
+    help = {**options, **_SHARED}
+    flags = {flag: value for flag, _, value in (each.partition(" ") for each in help)}
+    _FLAGS.update(flags)
 
     def register(act: Act) -> Act:
         name = usage.split(maxsplit=1)[0]
-        _COMMANDS[name] = _Command(act, usage, sentence, options, example)
+        _COMMANDS[name] = _Command(act, usage, sentence, help, flags, example)
         return act
 
     return register
@@ -3623,48 +3594,32 @@ def _command(
 # what commands share: their words
 
 
-def _parsed(words: list[str]) -> Any:
-    """The options of a command line, by the parser of its command alone."""
-    import argparse  # only here: it takes a fifth of a start
-
+def _parsed(words: list[str]) -> _Options:
+    """What a command line says. By hand: with argparse a `get` takes a sixth longer, and
+    learns what is wrong, but not what to do."""
     end = words.index("--") if "--" in words else len(words)
-    before = ["", *words]
-    names = [
-        word
-        for word, previous in zip(words[:end], before)
-        if word[:1] != "-" and previous != "--store"
-    ]
-    name = names[0] if names else "help"
+    plain: list[str] = []
+    given: dict[str, str] = {}
+    rest = iter(words[:end])
+    for word in rest:
+        if word[:1] != "-" or word == "-" or word[1].isdecimal():  # -5 is a word
+            plain.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        if word[1] != "-":  # -n5
+            flag, equals, value = word[:2], word[2:], word[2:]
+        if _FLAGS.get(flag) and not equals:
+            value = next(rest, "")
+        given["--help" if flag == "-h" else flag] = value
+    name = plain[0] if plain else "help"
     if name not in _COMMANDS:
         advice = _nearest(name, _COMMANDS, "`flowstore help` lists them")
         raise _UsageError(f"there is no command {name!r}: {advice}")
-    command = _COMMANDS[name]
-    usage, description = command.usage, command.sentence
-    if name == "help":
-        usage, description = "COMMAND ...", _overview()
-    parser = argparse.ArgumentParser(
-        usage=f"flowstore {usage}",
-        description=description,
-        epilog=f"example: {command.example}",
-        # with a width, else it imports shutil to ask for the terminal's
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=90),
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    parser.add_argument("--version", action="version", version=f"flowstore {__version__}")
-    for declaration, meaning in {**command.options, **_SHARED}.items():
-        flag, _, value = declaration.partition(" ")
-        kind: Any = {"metavar": value} if value else {"action": "store_true"}
-        parser.add_argument(flag, help=meaning, **kind)
-    try:
-        options, given = parser.parse_known_args(words[:end])
-    except argparse.ArgumentError as error:
-        advice = f"see `flowstore {name} --help`"
-        raise _UsageError(f"{error.argument_name}: {error.message}; {advice}") from None
-    if options.store == "":
-        raise _UsageError("--store must not be empty: name a file or a URL")
+    options = _Options()
     options.name = name
-    _set_words(options, command, given, words[end + 1 :])
+    _set_flags(options, _COMMANDS[name], given)
+    if not options.help:
+        _set_words(options, _COMMANDS[name], plain[1:], words[end + 1 :])
     return options
 
 
@@ -3675,25 +3630,37 @@ def _nearest(word: str, known: Iterable[str], otherwise: str) -> str:
     return f"did you mean {near[0]}?" if near else otherwise
 
 
+def _set_flags(options: _Options, command: _Command, given: dict[str, str]) -> None:
+    for flag, value in given.items():
+        what = command.flags.get(flag)
+        if what is None:
+            dash = "the command" if " -- " in command.usage else "a word with a dash"
+            advice = _nearest(flag, command.flags, f"put -- before {dash}")
+            # what begins with a dash may be a value, and values may be secret
+            named = "such option" if options.name == "set" else f"option {flag}"
+            raise _UsageError(f"{options.name} has no {named}: {advice}")
+        if bool(what) != bool(value) or value.startswith("--"):
+            takes = f"a value: {flag} {what}" if what else "no value"
+            raise _UsageError(f"{flag} takes {takes}")
+        setattr(options, flag.strip("-"), value or True)
+
+
 def _set_words(
-    options: Any, command: _Command, given: list[str], after: list[str]
+    options: _Options, command: _Command, words: list[str], after: list[str]
 ) -> None:
     """Give the words of a command their names; refuse what is missing, or too much."""
     names, runs, _ = command.usage.partition(" -- ")
     name, *wanted = names.split()
-    for each in given:
-        if each[:1] == "-" and each[1:2] not in "0123456789":  # - and -5 are words
-            _refuse_option(name, command, each.partition("=")[0])
-    words = given[1:] if runs else given[1:] + after
-    options.command = after
-    found: list[str | None] = [*words, *(None for _ in wanted)]
-    for what, word in zip(wanted, found):
-        if word is None and what[0] != "[":
+    if runs:
+        options.command = after
+    else:
+        words += after
+    for what, word in zip(wanted, words):
+        text = word if what == "FILE" else _utf8(word)
+        setattr(options, what.strip("[]").lower(), text)
+    for what in wanted[len(words) :]:
+        if what[0] != "[":
             raise _UsageError(f"{name} needs {what}: flowstore {command.usage}")
-        what = what.strip("[]")
-        if word and what != "FILE":
-            word = _utf8(what, os.fsencode(word))
-        setattr(options, what.lower(), word)
     if runs and not after:
         advice = f"put -- before it, as in `{command.example}`"
         raise _UsageError(f"{name} needs a command: {advice}")
@@ -3705,21 +3672,9 @@ def _set_words(
         raise _UsageError(f"{name} takes {takes}")
 
 
-def _refuse_option(name: str, command: _Command, flag: str) -> NoReturn:
-    known = [each.split()[0] for each in (*command.options, *_SHARED)]
-    dash = "the command" if " -- " in command.usage else "a word that begins with a dash"
-    advice = _nearest(flag, known, f"put -- before {dash}")
-    # what begins with a dash may be a value, and values may be secret
-    what = "such option" if name == "set" else f"option {flag}"
-    raise _UsageError(f"{name} has no {what}: {advice}")
-
-
-def _utf8(what: str, data: bytes) -> str:
-    """Bytes as text, whatever encoding the terminal has."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        raise _UsageError(f"{what} must be UTF-8") from None
+def _utf8(word: str) -> str:
+    """A word whose bytes are UTF-8, whatever encoding Python takes them for."""
+    return os.fsencode(word).decode("utf-8", "surrogateescape")
 
 
 def _number(option: str, text: str) -> int:
@@ -3731,16 +3686,17 @@ def _number(option: str, text: str) -> int:
 def _instant_of_age(option: str, text: str) -> datetime:
     """The instant that an AGE means: so long ago, or a date or time, local by default."""
     units = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+    number, unit = text[:-1], units.get(text[-1:])
     try:
-        if text[:-1].isdecimal():
-            return _now() - timedelta(**{units[text[-1]]: int(text[:-1])})
+        if unit and number.isdecimal():
+            return _now() - timedelta(**{unit: int(number)})
         return datetime.fromisoformat(text).astimezone(timezone.utc)
-    except (ValueError, LookupError, OverflowError, OSError):
+    except (ValueError, OverflowError, OSError):
         kinds = "an age or a time (30d, 12h, 2w, 90m, 2024-05-31 or 2024-05-31T18:30)"
         raise _UsageError(f"{option} takes {kinds}, not {text!r}") from None
 
 
-def _store(options: Any) -> SQLiteDataStore | PostgresDataStore:
+def _store(options: _Options) -> SQLiteDataStore | PostgresDataStore:
     """The store that is meant. A file is made by the first write, not by a read."""
     store = _store_at(options.store, _ExistingStore)
     original = os.path.join(os.path.dirname(store.path), "store.db")
@@ -3755,24 +3711,32 @@ def _is_missing(store: SQLiteDataStore | PostgresDataStore) -> bool:
     return isinstance(store, SQLiteDataStore) and not os.path.lexists(store.path)
 
 
-def _scope(options: Any) -> str:
-    return ROOT_BUCKET if getattr(options, "global") else environment_bucket()
+def _scope(options: _Options) -> str:
+    return ROOT_BUCKET if getattr(options, "global") else _utf8(environment_bucket())
 
 
-def _reconciled(options: Any) -> SQLiteDataStore | PostgresDataStore:
-    """The store, for a view of runs: those whose process is gone are marked as failed."""
+def _reconciled(options: _Options) -> SQLiteDataStore | PostgresDataStore:
+    """The store, for a view of runs: those whose process is gone are marked as failed. An
+    ID that begins as one run's alone is made whole: history shows the first 8 characters."""
     store = _store(options)
-    try:
+    with suppress(StoreError):  # what can't be written is shown as it is
         store.reconcile()
-    except StoreError:
-        pass  # what can't be written is shown as it is; what can't be read will say so
+    if options.id:
+        beginning = store._name("ID", options.id)
+        rows = store._fetch(_IDS, id=beginning, beyond=_beyond(beginning))
+        ids = [id for (id,) in rows]
+        if len(ids) > 1 and beginning not in ids:
+            raise _UsageError(
+                f"{len(ids)} runs begin with {beginning!r}: give more of it"
+            )
+        options.id = ids[0] if len(ids) == 1 else beginning
     return store
 
 
 # what commands share: output
 
 
-def _answer(options: Any, document: object, text: str, nothing: str = "") -> None:
+def _answer(options: _Options, document: object, text: str, nothing: str = "") -> None:
     """Print what was found, as a document or as text, or say that nothing was."""
     if options.json:
         import json
@@ -3801,10 +3765,8 @@ def _progress(text: str) -> None:
 
 
 def _tell(text: str) -> None:
-    try:
+    with suppress(OSError):  # nobody may be there to read it
         os.write(2, text.encode())
-    except OSError:
-        pass  # nobody is there to read it
 
 
 def _shown(value: object) -> str:
@@ -3812,24 +3774,18 @@ def _shown(value: object) -> str:
     the cursor or reorders the line."""
     if isinstance(value, datetime):
         return _shown_time(value)
-    text = _noted(str(value))
-    if text.isprintable():
-        return text
-    import unicodedata
-
-    moving = {each for each in text if unicodedata.category(each) in "Cc Cf Zl Zp"}
-    return text.translate(
-        {ord(each): ascii(each)[1:-1] for each in moving - {"\u200c", "\u200d"}}
+    harmless = "\u200c\u200d\u3000"  # of Persian, emoji and Chinese
+    return "".join(
+        each if each.isprintable() or each in harmless else ascii(each)[1:-1]
+        for each in _noted(str(value))
     )
 
 
 def _shown_time(moment: datetime) -> str:
     if not os.isatty(1):
         return _instant("time", moment)
-    try:
+    with suppress(OverflowError, OSError, ValueError):  # at the ends of the calendar
         moment = moment.astimezone()
-    except (OverflowError, OSError, ValueError):
-        pass  # at the ends of the calendar
     return moment.isoformat(" ")[:19]
 
 
@@ -3875,6 +3831,7 @@ def _width(text: str) -> int:
 def _fitted(text: str, width: int) -> str:
     """A text cut or filled up to a width."""
     if _width(text) > width:
+        text = text[: 2 * width]  # of a long one, not every character singly
         while _width(text) >= width:
             text = text[:-1]
         text += "…"
@@ -3890,13 +3847,13 @@ def _fitted(text: str, width: int) -> str:
     _GLOBAL,
     "flowstore set VERSION 1.4.2",
 )
-def _do_set(options: Any) -> None:
+def _do_set(options: _Options) -> None:
     value = options.value
     if value is None:
         if os.isatty(0):
             _complain("type the value, and end it with Ctrl-D on a line of its own")
         data = sys.stdin.buffer.read() if sys.stdin else b""
-        value = _utf8("VALUE", data.removesuffix(b"\n"))
+        value = data.removesuffix(b"\n").decode("utf-8", "surrogateescape")
     _store(options).set_process_var(_scope(options), options.key, value)
 
 
@@ -3906,7 +3863,7 @@ def _do_set(options: Any) -> None:
     _GLOBAL,
     "flowstore get VERSION",
 )
-def _do_get(options: Any) -> None:
+def _do_get(options: _Options) -> None:
     value = _store(options).get_process_var(_scope(options), options.key)
     _answer(options, value, f"{value}\n")
 
@@ -3917,10 +3874,9 @@ def _do_get(options: Any) -> None:
     _GLOBAL,
     "flowstore list --json",
 )
-def _do_list(options: Any) -> None:
+def _do_list(options: _Options) -> None:
     found = _store(options).get_all_process_vars(_scope(options))
-    nothing = f"there are no variables in the scope {_scope(options)!r}"
-    _answer(options, found, _table("KEY VALUE", found.items()), nothing)
+    _answer(options, found, _table("KEY VALUE", found.items()), "there are no variables")
 
 
 @_command(
@@ -3929,7 +3885,7 @@ def _do_list(options: Any) -> None:
     _GLOBAL,
     "flowstore remove VERSION",
 )
-def _do_remove(options: Any) -> None:
+def _do_remove(options: _Options) -> None:
     store = _store(options)
     if not _is_missing(store):
         store.delete_process_var(_scope(options), options.key)
@@ -3938,7 +3894,7 @@ def _do_remove(options: Any) -> None:
 @_command(
     "clear", "Empty the current scope.", _GLOBAL, "flowstore --store build.db clear"
 )
-def _do_clear(options: Any) -> None:
+def _do_clear(options: _Options) -> None:
     store = _store(options)
     if not _is_missing(store):
         store.delete_process_bucket(_scope(options))
@@ -3959,7 +3915,7 @@ _MARKS = {"completed": ("✓", 32), "failed": ("✗", 31), "running": ("●", 33
     },
     "flowstore history build --status failed --since 2d",
 )
-def _do_history(options: Any) -> None:
+def _do_history(options: _Options) -> None:
     records = _reconciled(options).get_recent_executions(
         20 if options.n is None else _number("-n", options.n),
         ref=options.ref,
@@ -3967,30 +3923,31 @@ def _do_history(options: Any) -> None:
         since=options.since and _instant_of_age("--since", options.since),
     )
     records.reverse()
-    text = _table(" STARTED REF SECONDS EXIT ID NOTE", map(_history_row, records))
+    text = _table(" STARTED REF TOOK EXIT ID NOTE", map(_history_row, records))
     if os.isatty(1):
         picture = _table("", _durations(records))
         text += picture and f"\n{picture}"
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         for mark, colour in () if plain else _MARKS.values():
             text = text.replace(f"\n{mark}", f"\n\033[{colour}m{mark}\033[0m")
-    documents = [record.to_dict() for record in records]
-    _answer(
-        options, documents, text, "there are no such runs: `flowstore run` records one"
-    )
+    nothing = "there are no such runs: `flowstore run` records one"
+    _answer(options, [record.to_dict() for record in records], text, nothing)
 
 
 def _history_row(record: ExecutionRecord) -> Row:
     status = record.status or ("failed" if record.exit_code else "completed")
     running = status == RunStatus.RUNNING
-    id = record.id
     if os.isatty(1):
         status = _MARKS.get(status, status)[0]
-        id = id[:8] if len(id) == 36 else id
     took = _now() - record.started_at if running else record.duration
     exit_code = "" if running else record.exit_code
     note = record.error or record.label or record.command
-    return status, record.started_at, record.ref, _shown_span(took), exit_code, id, note
+    span, id = _shown_span(took), _shown_id(record.id)
+    return status, record.started_at, record.ref, span, exit_code, id, note
+
+
+def _shown_id(id: str) -> str:
+    return id[:8] if os.isatty(1) and len(id) == 36 else id
 
 
 def _durations(records: list[ExecutionRecord]) -> Iterator[Row]:
@@ -4008,7 +3965,7 @@ def _durations(records: list[ExecutionRecord]) -> Iterator[Row]:
 
 
 @_command("forget REF", "Delete all records of a ref.", {}, "flowstore forget build")
-def _do_forget(options: Any) -> None:
+def _do_forget(options: _Options) -> None:
     store = _store(options)
     if not _is_missing(store):
         store.delete_execution_history(options.ref)
@@ -4023,7 +3980,7 @@ def _do_forget(options: Any) -> None:
     },
     "flowstore prune --keep 50 --before 30d",
 )
-def _do_prune(options: Any) -> None:
+def _do_prune(options: _Options) -> None:
     if not (options.keep or options.before):
         raise _UsageError("prune needs --keep N, --before AGE, or both")
     keep = options.keep and _number("--keep", options.keep)
@@ -4038,11 +3995,11 @@ def _do_prune(options: Any) -> None:
 
 @_command(
     "import FILE",
-    "Add what a file of the original or another store has; what is here wins.",
+    "Add what another store has, or a file of the original.",
     {},
     "flowstore import ~/.cache/flow/store.db",
 )
-def _do_import(options: Any) -> int:
+def _do_import(options: _Options) -> int:
     source, target = _store_at(options.file, _ExistingStore), _store(options)
     if _is_missing(source):
         raise _error(StoreError, source.path, "there is no such file")
@@ -4070,17 +4027,17 @@ def _do_import(options: Any) -> int:
 
 @_command(
     "migrate",
-    "Move tables of the flat layout, which are scopes, to where scopes are now.",
+    "Move tables of the flat layout to where scopes are now.",
     {},
     "flowstore --store build.db migrate",
 )
-def _do_migrate(options: Any) -> None:
+def _do_migrate(options: _Options) -> None:
     store = _file_store(options, "only a file has tables of the flat layout")
     moved = migrate_process_buckets(store.path)
     _answer(options, moved, _table("", zip(moved)), "there was nothing to move")
 
 
-def _file_store(options: Any, instead: str) -> SQLiteDataStore:
+def _file_store(options: _Options, instead: str) -> SQLiteDataStore:
     store = _store(options)
     if not isinstance(store, SQLiteDataStore):
         raise _error(StoreError, store.path, instead)
@@ -4093,7 +4050,7 @@ def _file_store(options: Any, instead: str) -> SQLiteDataStore:
     {},
     "flowstore backup flowstore-monday.db",
 )
-def _do_backup(options: Any) -> None:
+def _do_backup(options: _Options) -> None:
     def progress(status: int, remaining: int, total: int) -> None:
         _progress(f"{100 - 100 * remaining // max(total, 1)} %")
 
@@ -4105,13 +4062,13 @@ def _do_backup(options: Any) -> None:
 @_command(
     "check", "Verify the store, and say what is in it.", {}, "flowstore check --json"
 )
-def _do_check(options: Any) -> None:
+def _do_check(options: _Options) -> None:
     report = _store(options)._report()
     _answer(options, report, _table("", report.items()))
 
 
 @_command("path", "Print where the store is.", {}, "flowstore path")
-def _do_path(options: Any) -> None:
+def _do_path(options: _Options) -> None:
     path = _store(options).path
     _answer(options, path, f"{path}\n")
 
@@ -4122,7 +4079,7 @@ def _do_path(options: Any) -> None:
     {"--yes": "without asking"},
     "flowstore --store build.db destroy --yes",
 )
-def _do_destroy(options: Any) -> int:
+def _do_destroy(options: _Options) -> int:
     store = _store(options)
     if not options.yes:
         if not os.isatty(0):
@@ -4135,20 +4092,28 @@ def _do_destroy(options: Any) -> int:
     return 0
 
 
-@_command("help [COMMAND]", "Explain a command.", {}, "flowstore help history")
-def _do_help(options: Any) -> None:
+@_command(
+    "help [COMMAND]", "Explain a command, or list them.", {}, "flowstore help history"
+)
+def _do_help(options: _Options) -> None:
     main([options.command or "help", "--help"])
 
 
-def _overview() -> str:
-    width = max(len(each.usage) for each in _COMMANDS.values())
-    lines = [f"  {each.usage:{width}}  {each.sentence}" for each in _COMMANDS.values()]
-    return "\n".join(["commands:", *lines])
+def _help(name: str) -> str:
+    command = _COMMANDS[name]
+    usage, entries = command.usage, command.help
+    if name == "help":
+        commands = {each.usage: each.sentence for each in _COMMANDS.values()}
+        usage, entries = "COMMAND …", {**commands, **entries}
+    width = max(map(len, entries))
+    lines = [f"  {entry:{width}}  {meaning}" for entry, meaning in entries.items()]
+    head = [f"usage: flowstore {usage}", "", command.sentence, ""]
+    return "\n".join([*head, *lines, "", f"example: {command.example}", ""])
 
 
 # ---- the command line: runs ----
 
-_PASSED_ON = "INT TERM QUIT USR1 USR2 ALRM ABRT WINCH HUP".split()
+_PASSED_ON = ("INT", "TERM", "QUIT", "USR1", "USR2", "ALRM", "ABRT", "WINCH", "HUP")
 _KERNEL = (0x80, 0x10006)  # SI_KERNEL of sigaction(2), in Linux and in FreeBSD
 
 
@@ -4188,7 +4153,7 @@ class _Signals:
     def fetch_pending(self) -> list[int]:
         import signal
 
-        pending = [*self.passed_on & signal.sigpending()]
+        pending = list(self.passed_on & signal.sigpending())
         for number in pending:
             signal.sigwait({number})
         return pending
@@ -4222,7 +4187,7 @@ class _Signals:
             os.waitpid(child, 0)
             raise OSError(int(errno), os.strerror(int(errno)))
         if self.detached:
-            os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+            os.closerange(3, max(os.sysconf("SC_OPEN_MAX"), 4096))
         return child
 
     def become(
@@ -4270,14 +4235,9 @@ class _Signals:
             number, by_kernel = found.si_signo, found.si_code in _KERNEL
         else:  # macOS doesn't tell
             number, by_kernel = signal.sigwait(awaited), True
-        by_terminal = by_kernel and number in (
-            signal.SIGINT,
-            signal.SIGQUIT,
-            signal.SIGWINCH,
-        )
-        if number == signal.SIGCHLD or (
-            by_terminal and os.getpgid(child) == os.getpgrp()
-        ):
+        typed = by_kernel and number in (signal.SIGINT, signal.SIGQUIT, signal.SIGWINCH)
+        apart = os.getpgid(child) != os.getpgrp()
+        if number == signal.SIGCHLD or (typed and not apart):
             return
         target = -child if self.detached else child  # all of its group
         os.kill(target, number)
@@ -4301,30 +4261,30 @@ def _program(word: str, environment: dict[str, str]) -> str:
     raise OSError(reason, os.strerror(reason))
 
 
-def _as_started(environment: dict[str, str]) -> dict[str, str]:
+def _as_started(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment with the LC_CTYPE that this interpreter was started with: it sets that
     for itself and for its children (PEP 538)."""
+    kept = {**environment}
     try:
         with open("/proc/self/environ", "rb") as file:
-            variables = file.read().split(b"\0")
+            started = file.read().split(b"\0")
     except OSError:
-        return environment
-    kept = {**environment}
+        return kept
     kept.pop("LC_CTYPE", "")
-    for variable in variables:
+    for variable in started:
         if variable.startswith(b"LC_CTYPE="):
             kept["LC_CTYPE"] = os.fsdecode(variable[9:])
     return kept
 
 
 def _call(
-    signals: _Signals | None, command: list[str], environment: dict[str, str]
+    signals: _Signals | None, command: list[str], variables: Mapping[str, str]
 ) -> tuple[int, str]:
     """Run a command to its end: its exit status, -n where signal n ended it, and what has
     kept it from starting."""
     import errno
 
-    environment = _as_started(environment)
+    environment = _as_started(variables)
     try:
         if signals:
             return signals.wait(signals.start(command, environment)), ""
@@ -4352,7 +4312,7 @@ def _new_run(options: Any, store: SQLiteDataStore | PostgresDataStore) -> Execut
 
 @_command(
     "run REF -- COMMAND ...",
-    "Run a command and record it; what it sets in its scope goes at its end.",
+    "Run a command in a scope of its own, and record it.",
     {
         "--label TEXT": "a name for people",
         "--join": "share the scope that it is started in, which stays",
@@ -4369,10 +4329,10 @@ def _do_run(options: Any) -> int:
     null = os.open(os.devnull, os.O_RDWR)
     while null < 3:  # closed on entry: else SQLite fills it for the command too
         null = os.open(os.devnull, os.O_RDWR)
-    if options.background:
-        _run_detached(options, null)
-        return 0
     os.close(null)
+    if options.background:
+        _run_detached(options)
+        return 0
     run = None
     try:
         store = _store(options)
@@ -4383,7 +4343,7 @@ def _do_run(options: Any) -> int:
     with _Signals() if hasattr(os, "fork") else nullcontext() as signals:
         anyway = "the command runs, and is recorded at its end if it can be"
         started = run and _is_done(run._start, anyway)
-        environment = run.env if run else dict(os.environ)
+        environment = run.env if run else os.environ
         exit_code, error = _call(signals, options.command, environment)
         if run:
             run.exit_code, run.error = exit_code, error
@@ -4417,22 +4377,17 @@ def _status_of(exit_code: int) -> int:
     return 128 - exit_code
 
 
-def _run_detached(options: Any, null: int) -> None:
+def _run_detached(options: Any) -> None:
     if not hasattr(os, "fork"):
         raise _UsageError("run --background needs a POSIX system")
     run = _new_run(options, _store(options))
-    run._background = True
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    output = os.open(options.log, flags, 0o600) if options.log else null
     answer, tell = os.pipe()
     if os.fork() == 0:
         try:
             os.setsid()
-            for target, descriptor in enumerate((null, output, output)):
-                os.dup2(descriptor, target)
-            _watch(run, options.command, tell)
+            _watch(run, options, tell)
         finally:
-            os._exit(0)  # here the caller's program must not go on
+            os._exit(0)  # a program that has called main() must not go on here
     os.close(tell)
     with open(answer, encoding="utf-8") as stream:
         told = stream.read()
@@ -4441,32 +4396,40 @@ def _run_detached(options: Any, null: int) -> None:
     _answer(options, {"id": run.id}, f"{run.id}\n")
 
 
-def _watch(run: Execution, command: list[str], tell: int) -> None:
+def _watch(run: Execution, options: Any, tell: int) -> None:
     """In a process of its own: record a run, tell its id or the reason why not, run it."""
+    run._background = True
     run._record = run._record._replace(pid=os.getpid())
     with _Signals(detached=True) as signals:
         try:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            output = os.open(options.log or os.devnull, flags, 0o600)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
             run._start()
+            os.write(tell, run.id.encode())
         except Exception as error:
             os.write(tell, str(error).encode("utf-8", "backslashreplace"))
             return
-        os.write(tell, run.id.encode())
         os.close(tell)
-        run.exit_code, run.error = _call(signals, command, run.env)
-        run._finish()
+        run.exit_code, run.error = _call(signals, options.command, run.env)
+        _is_done(run._finish, "the run's end is not recorded")
 
 
 @_command("background", "List the background runs.", {}, "flowstore background")
 def _do_background(options: Any) -> None:
     runs = _reconciled(options).list_background_runs()
-    text = _table("STATUS STARTED REF SECONDS PID ID ERROR", map(_background_row, runs))
+    text = _table("STATUS STARTED REF TOOK PID ID ERROR", map(_background_row, runs))
     nothing = "there are no background runs: `flowstore run --background` starts one"
     _answer(options, [run.to_dict() for run in runs], text if runs else "", nothing)
 
 
 def _background_row(run: BackgroundRun) -> Row:
-    took = _shown_span((run.completed_at or _now()) - run.started_at)
-    return run.status, run.started_at, run.ref, took, run.pid, run.id, run.error
+    end = _now() if run.status == RunStatus.RUNNING else run.completed_at
+    took = _shown_span(end - run.started_at) if end else ""
+    id = _shown_id(run.id)
+    return run.status, run.started_at, run.ref, took, run.pid, id, run.error
 
 
 @_command(
@@ -4527,7 +4490,7 @@ def _terminate(id: str, pid: int, owner: str) -> None:
 
 @_command(
     "show ID",
-    "Show all fields of a run, an execution's where it runs in the background too.",
+    "Show all fields of a run, or of a background run.",
     {},
     "flowstore show 0b6a7b1e-6a4f-4f0e-9d53-1d3ac6a4c2a5",
 )
@@ -4556,7 +4519,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     status = 0
     try:
         options = _parsed(list(sys.argv[1:] if argv is None else argv))
-        status = _COMMANDS[options.name].act(options) or 0
+        if options.version:
+            _print(f"flowstore {__version__}\n")
+        elif options.help:
+            _print(_help(options.name))
+        else:
+            status = _COMMANDS[options.name].act(options) or 0
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:  # who reads it has seen enough
