@@ -488,6 +488,8 @@ def default_path() -> str:
     user's cache folder. StoreError where there is no such folder.
     """
     chosen = os.environ.get(_PATH_ENV)
+    if chosen == ":memory:":
+        raise ValueError(f"{_PATH_ENV} must be a file or a URL: every operation opens it")
     if chosen:
         return chosen if _is_url(chosen) else _absolute(chosen)
     folder = os.environ.get("FLOW_CACHE_DIR")
@@ -924,7 +926,15 @@ class Execution:
     ValueError for another value, AttributeError for another name.
     """
 
-    __slots__ = ("_background", "_began", "_record", "_scope", "_store", "bucket", "env")
+    __slots__ = (
+        "_background",
+        "_began",
+        "_bucket",
+        "_env",
+        "_record",
+        "_scope",
+        "_store",
+    )
 
     def __init__(
         self,
@@ -937,8 +947,8 @@ class Execution:
         self._scope = record.id if bucket is None else ""  # a bucket that goes at the end
         self._background = False  # whether it is recorded as a background run too
         self._began = time.monotonic()
-        self.bucket = bucket or record.id
-        self.env = {**os.environ, BUCKET_ENV: self.bucket, _PATH_ENV: store._address()}
+        self._bucket = bucket or record.id
+        self._env = {**os.environ, BUCKET_ENV: self._bucket, _PATH_ENV: store._address()}
 
     @property
     def id(self) -> str:
@@ -947,6 +957,14 @@ class Execution:
     @property
     def ref(self) -> str:
         return self._record.ref
+
+    @property
+    def bucket(self) -> str:
+        return self._bucket
+
+    @property
+    def env(self) -> dict[str, str]:
+        return self._env
 
     @property
     def exit_code(self) -> int:
@@ -991,7 +1009,10 @@ class Execution:
     def _start(self) -> None:
         """Record that it runs, and make its scope."""
         scope = [_ADD_BUCKET] if self._scope else []
-        self._save(self._store, scope)
+        try:
+            self._save(self._store, scope)
+        finally:
+            self._began = time.monotonic()  # to wait for the lock is no part of it
 
     def _fail(self, error: BaseException) -> None:
         """Note what an exception says of the outcome."""
@@ -1045,7 +1066,9 @@ def _outcome(error: BaseException) -> tuple[int, str]:
         return 130, reason
     subprocess = sys.modules.get("subprocess")
     if subprocess and isinstance(error, subprocess.CalledProcessError):
-        return error.returncode or 1, reason
+        code = error.returncode  # which may be anything
+        if type(code) is int and code and -_MAX_INTEGER <= code <= _MAX_INTEGER:
+            return code, reason
     return 1, reason
 
 
@@ -1053,7 +1076,7 @@ def _described(value: object) -> str:
     """An object's own words, even of one that can't say them."""
     try:
         return str(value)
-    except Exception:
+    except BaseException:  # it is not what the caller is to see
         return f"<{type(value).__name__}>"
 
 
@@ -1407,7 +1430,8 @@ class _SQLStore(DataStore):
         bucket, key = self._name("bucket", bucket), self._name("key", key)
         for (value,) in self._fetch(_GET_VAR, str, bucket=bucket, key=key):
             return value  # type: ignore[no-any-return]
-        reason = f"there is no variable {key!r} in the scope {bucket!r} or in 'root'"
+        others = "" if bucket == ROOT_BUCKET else f" or in {ROOT_BUCKET!r}"
+        reason = f"there is no variable {key!r} in the scope {bucket!r}{others}"
         raise _error(NotFoundError, self.path, reason)
 
     def get_all_process_vars(self, bucket: str) -> dict[str, str]:
@@ -1471,7 +1495,8 @@ class _SQLStore(DataStore):
         Execution for what it yields.
 
         id: its name, else a new UUID. bucket: the scope that it lives in, which stays; else
-        it has a scope of its own, named by its id, that goes at the end. working_dir: else
+        it has a scope of its own, named by its id, that goes at the end (with what it had
+        before, if it was there). working_dir: else
         the current folder. source, client_name, session_id: else what $FLOW_RUN_SOURCE,
         $FLOW_RUN_CLIENT and $FLOW_RUN_SESSION say.
 
@@ -1816,7 +1841,9 @@ class _ForkGate:
         for each in self.known():
             each.user = 0
         if inherited:
-            # never collected, so never closed here: that would undo what the parent writes
+            # Never closed here: SQLite would roll back what the parent is writing, and let
+            # go of its locks. So never collected either: a cycle keeps them, and freezing
+            # what is there keeps the collector from it.
             inherited.append(inherited)
             gc.freeze()
         self.forks.release()
@@ -1878,7 +1905,9 @@ def _code(error: BaseException) -> int:
     if isinstance(error, (OverflowError, sqlite3.DataError)):
         return sqlite3.SQLITE_TOOBIG
     code: int = getattr(error, "sqlite_errorcode", 0)
-    if code == 5898:  # SQLITE_IOERR_DELETE_NOENT: somebody else has removed a -wal first
+    # SQLITE_IOERR_DELETE_NOENT, which not every sqlite3 has by name: of two that close the
+    # file at once, the other has removed the -wal
+    if code == 5898:
         return sqlite3.SQLITE_BUSY
     return code & 0xFF
 
@@ -2010,10 +2039,11 @@ def _connect(file: str, options: str) -> sqlite3.Connection:
 # the last, with a checkpoint. A sort or vacuum must not need a folder for temporary files.
 _READ_SETTINGS = """
     PRAGMA trusted_schema = OFF; PRAGMA cell_size_check = ON; PRAGMA temp_store = MEMORY"""
-# Before writes only: some of these read the file. Checkpoints are made by shorten_log().
+# Before writes only: some of these read the file. Checkpoints are made by shorten_log(). The
+# log's file is left at its size then, since writing over is quicker than making it longer.
 _WRITE_SETTINGS = f"""{_READ_SETTINGS};
     PRAGMA synchronous = FULL; PRAGMA wal_autocheckpoint = 0;
-    PRAGMA journal_size_limit = 0; PRAGMA secure_delete = ON"""
+    PRAGMA journal_size_limit = {_LOG_STEP - 1}; PRAGMA secure_delete = ON"""
 if sys.platform == "darwin":  # where a plain fsync() doesn't reach the disk
     _READ_SETTINGS += "; PRAGMA checkpoint_fullfsync = ON"
     _WRITE_SETTINGS += "; PRAGMA checkpoint_fullfsync = ON; PRAGMA fullfsync = ON"
@@ -2141,11 +2171,13 @@ class _Connection:
         self.sql.execute("BEGIN IMMEDIATE" if write else "BEGIN")
         known = self.store._known
         complete = self.identify()
-        # nobody can remove a file whose lock somebody holds; it was before that, if ever
+        # Between open() and here the file may have been destroyed, and made anew. (A session
+        # asks before writes only: with each read that would be a third of its time.)
         if (write or not self.held) and self.has_moved():
             raise _Moved
         if not write or (complete and known == self.store._known):
             return complete
+        # a store that this object sees for the first time, or a blank one
         if self.sql.execute("PRAGMA journal_mode").fetchone() != ("wal",):
             self.rollback()
             self.use_wal()
@@ -2231,7 +2263,8 @@ class _Connection:
         settings = _WRITE_SETTINGS if make or self.held else _READ_SETTINGS
         if make and status.st_size == 0:
             _make_private(file, status, made)
-            # before anything else: BEGIN on an empty file settles it
+            # before anything else: BEGIN or WAL settles auto_vacuum, by which prune() can
+            # make the file smaller
             settings += "; PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL"
         if at_rest or not _may_write(file, status):  # else -wal and -shm would be left
             if make:
@@ -2364,7 +2397,8 @@ class _Connection:
                 checkpoint = other.execute("PRAGMA wal_checkpoint(PASSIVE)")
                 _, pages, copied = checkpoint.fetchone()
                 if pages == copied:
-                    time.sleep(max(4 * pause, 0.004))  # for those that began meanwhile
+                    # for those that began meanwhile, which take about as long
+                    time.sleep(max(4 * pause, 0.004))
                     break
         finally:
             other.close()
@@ -2519,6 +2553,8 @@ class SQLiteDataStore(_SQLStore):
         self, target: str, progress: Callable[[int, int, int], object] | None
     ) -> None:
         """backup(). progress is called as sqlite3's own is: status, remaining, total pages."""
+        if _is_url(target):
+            raise ValueError("a backup is a file, not a URL")
         target = _absolute(target)
         connection = _Connection(self)
         with connection:
@@ -2563,6 +2599,7 @@ def _part_of(target: str) -> Iterator[str]:
         # an object that closes itself, wherever an interrupt comes
         with open(part, "ab", 0, opener=partial(os.open, mode=0o600)) as stream:
             try:
+                # another backup may have given it the target's name before it was locked
                 mine = _lock(stream.fileno(), exclusive=True) and _is_at(stream, part)
                 if not mine:
                     raise _error(
@@ -2650,7 +2687,7 @@ def _resolved(path: str) -> str:
 # As libpq takes a URL apart: a password ends at the first @ or /. Another @ belongs to a
 # part, of which libpq would show pieces in its messages, as of a % that encodes nothing.
 _SERVER_URL = (
-    r"(?!.*(?:\s|%(?!(?!00)[0-9A-Fa-f]{2})))"
+    r"(?!.*(?:\s|%(?!(?!00)[0-9A-Fa-f]{2})|[?&][^=&]*%))"
     r"(postgres(?:ql)?://(?:[^@/]*@)?[^@?]*)\??([^@]*)"
 )
 _PASSWORD = r"(//[^/@:]*):[^/@]*(?=@)|\w*(?:password|secret)\w*=[^&\s]*&?"
@@ -3281,7 +3318,7 @@ def _import_bolt(
         kind = StoreError if isinstance(error, OSError) else CorruptStoreError
         reason = getattr(error, "strerror", None) or error
         raise _error(
-            kind, place.path, f"{reason}: name a file of the original"
+            kind, place.path, f"{reason}: name a store, or a file of the original"
         ) from error
     with store.transaction() as writer:
         added = _Import(writer, progress)
@@ -3598,20 +3635,14 @@ def _parsed(words: list[str]) -> _Options:
     """What a command line says. By hand: with argparse a `get` takes a sixth longer, and
     learns what is wrong, but not what to do."""
     end = words.index("--") if "--" in words else len(words)
-    plain: list[str] = []
-    given: dict[str, str] = {}
-    rest = iter(words[:end])
-    for word in rest:
-        if word[:1] != "-" or word == "-" or word[1].isdecimal():  # -5 is a word
-            plain.append(word)
-            continue
-        flag, equals, value = word.partition("=")
-        if word[1] != "-":  # -n5
-            flag, equals, value = word[:2], word[2:], word[2:]
-        if _FLAGS.get(flag) and not equals:
-            value = next(rest, "")
-        given["--help" if flag == "-h" else flag] = value
+    plain, given = _taken_apart(words[:end])
     name = plain[0] if plain else "help"
+    if name not in _COMMANDS or not plain:
+        for flag in given:  # whose value the name may be
+            if flag not in _FLAGS:
+                shared = _COMMANDS["help"].flags
+                advice = _nearest(flag, shared, "see `flowstore help`")
+                raise _UsageError(f"there is no option {flag}: {advice}")
     if name not in _COMMANDS:
         advice = _nearest(name, _COMMANDS, "`flowstore help` lists them")
         raise _UsageError(f"there is no command {name!r}: {advice}")
@@ -3623,26 +3654,58 @@ def _parsed(words: list[str]) -> _Options:
     return options
 
 
+def _taken_apart(words: list[str]) -> tuple[list[str], dict[str, str | None]]:
+    """The plain words, and the options with the values that they have."""
+    plain: list[str] = []
+    given: dict[str, str | None] = {}
+    rest = iter(words)
+    for word in rest:
+        if word[:1] != "-" or word == "-" or word[1].isdecimal():  # -5 is a word
+            plain.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        if word[1] != "-" and word[:2] in _FLAGS:  # -n5
+            flag, equals, value = word[:2], word[2:], word[2:]
+        found = value if equals else None
+        if _FLAGS.get(flag) and found is None:
+            found = next(rest, None)
+        given["--help" if flag == "-h" else flag] = found
+    return plain, given
+
+
 def _nearest(word: str, known: Iterable[str], otherwise: str) -> str:
     import difflib
 
-    near = difflib.get_close_matches(word, known, 1)
+    near = [each for each in known if each.startswith(word)]
+    near = near or difflib.get_close_matches(word, known, 1)
     return f"did you mean {near[0]}?" if near else otherwise
 
 
-def _set_flags(options: _Options, command: _Command, given: dict[str, str]) -> None:
+def _set_flags(
+    options: _Options, command: _Command, given: dict[str, str | None]
+) -> None:
     for flag, value in given.items():
         what = command.flags.get(flag)
         if what is None:
-            dash = "the command" if " -- " in command.usage else "a word with a dash"
-            advice = _nearest(flag, command.flags, f"put -- before {dash}")
-            # what begins with a dash may be a value, and values may be secret
-            named = "such option" if options.name == "set" else f"option {flag}"
-            raise _UsageError(f"{options.name} has no {named}: {advice}")
-        if bool(what) != bool(value) or value.startswith("--"):
-            takes = f"a value: {flag} {what}" if what else "no value"
-            raise _UsageError(f"{flag} takes {takes}")
-        setattr(options, flag.strip("-"), value or True)
+            _refuse_flag(options.name, command, flag)
+        is_file = what in ("PATH", "FILE")
+        if what and (value is None or value.startswith("--") or (is_file and not value)):
+            raise _UsageError(f"{flag} takes a value: {flag} {what}")
+        if not what and value is not None:
+            raise _UsageError(f"{flag} takes no value")
+        found = value if value is None or is_file else _utf8(value)
+        setattr(options, flag.strip("-"), True if found is None else found)
+
+
+def _refuse_flag(name: str, command: _Command, flag: str) -> NoReturn:
+    advice = "leave it out"
+    if " -- " in command.usage:
+        advice = "put -- before the command"
+    elif " " in command.usage:
+        advice = "put -- before a word with a dash"
+    # what begins with a dash may be a value, and values may be secret
+    named = "such option" if name == "set" else f"option {flag}"
+    raise _UsageError(f"{name} has no {named}: {_nearest(flag, command.flags, advice)}")
 
 
 def _set_words(
@@ -3656,6 +3719,8 @@ def _set_words(
     else:
         words += after
     for what, word in zip(wanted, words):
+        if what == "FILE" and not word:
+            raise _UsageError(f"{name} needs {what}: flowstore {command.usage}")
         text = word if what == "FILE" else _utf8(word)
         setattr(options, what.strip("[]").lower(), text)
     for what in wanted[len(words) :]:
@@ -3701,8 +3766,9 @@ def _store(options: _Options) -> SQLiteDataStore | PostgresDataStore:
     store = _store_at(options.store, _ExistingStore)
     original = os.path.join(os.path.dirname(store.path), "store.db")
     chosen = options.store or os.environ.get(_PATH_ENV)
-    if not chosen and _is_missing(store) and os.path.exists(original):
-        hint = f"bring it over with `flowstore import {original}`"
+    wanted = not chosen and options.name != "import"
+    if wanted and _is_missing(store) and os.path.exists(original):
+        hint = f"bring it over with `flowstore import '{original}'`"
         _complain(f"the original's store is here, and no flowstore yet: {hint}")
     return store
 
@@ -3755,6 +3821,8 @@ def _print(text: str) -> None:
 
 
 def _complain(text: str) -> None:
+    if "://" in text:  # a URL in a wrong place may have a password
+        text = _without_password(text)
     _tell(f"flowstore: {_shown(text)}\n")
 
 
@@ -3806,6 +3874,7 @@ def _table(header: str, rows: Iterable[Row]) -> str:
     if header:
         cells.insert(0, header.split(" "))
     free = (os.get_terminal_size(1).columns or 80) - 2 * (len(cells[0]) - 1)
+    free = max(free, 1)  # of a terminal that is narrower than the gaps
     widths = [min(free, max(map(_width, column))) for column in zip(*cells)]
     while sum(widths) > free and max(widths) > 1:
         widths[widths.index(max(widths))] -= 1
@@ -4032,7 +4101,7 @@ def _do_import(options: _Options) -> int:
     "flowstore --store build.db migrate",
 )
 def _do_migrate(options: _Options) -> None:
-    store = _file_store(options, "only a file has tables of the flat layout")
+    store = _file_store(options, "migrate a file, and `flowstore import` it here")
     moved = migrate_process_buckets(store.path)
     _answer(options, moved, _table("", zip(moved)), "there was nothing to move")
 
@@ -4265,6 +4334,7 @@ def _as_started(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment with the LC_CTYPE that this interpreter was started with: it sets that
     for itself and for its children (PEP 538)."""
     kept = {**environment}
+    kept.pop("", "")  # of a nameless `=x`, which execve() of Python refuses
     try:
         with open("/proc/self/environ", "rb") as file:
             started = file.read().split(b"\0")
@@ -4455,7 +4525,9 @@ def _do_stop(options: Any) -> None:
     deadline = time.monotonic() + timeout
     while _owner_note(pid) == owner:
         if time.monotonic() > deadline:
-            reason = f"was told to end, and still lives: its process is {pid}"
+            reason = (
+                f"was told to end, and still lives: kill what runs below process {pid}"
+            )
             raise StoreError(f"the run {options.id} {reason}")
         time.sleep(0.01)
     _reconciled(options)  # one that could not record its own end
@@ -4529,9 +4601,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         status = 130
     except BrokenPipeError:  # who reads it has seen enough
         status = 1
-    except (StoreError, OSError) as error:
+    except StoreError as error:
         status = 1
         _complain(str(error))
+    except OSError as error:
+        status = 1
+        _complain(f"{error.filename or 'standard output'}: {error.strerror}")
     except (_UsageError, ValueError) as error:
         status = 2
         _complain(str(error))
