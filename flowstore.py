@@ -328,6 +328,11 @@ def _noted(text: str) -> str:
         data = text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         data = text.encode("utf-8", "backslashreplace")
+    return _escaped(data)
+
+
+def _escaped(data: bytes) -> str:
+    """Bytes as text, with what is no UTF-8 shown as \\xff."""
     return data.decode("utf-8", "backslashreplace").replace("\0", "\\x00")
 
 
@@ -3195,14 +3200,10 @@ def migrate_process_buckets(path: str | os.PathLike[str] | None = None) -> list[
             rows = execute(f"SELECT {cells} NOT INDEXED", {}).fetchall()
             for key, value in reversed(rows):  # since _ADD_VAR lets stay what is there
                 if key:
-                    values = {"bucket": bucket, "key": _legacy_text(key)}
-                    execute(_ADD_VAR, {**values, "value": _legacy_text(value or b"")})
+                    values = {"bucket": bucket, "key": _escaped(key)}
+                    execute(_ADD_VAR, {**values, "value": _escaped(value or b"")})
             execute(f"DROP TABLE {_quoted(bucket)}", {})
     return buckets
-
-
-def _legacy_text(cell: bytes) -> str:
-    return cell.decode("utf-8", "backslashreplace").replace("\0", "\\x00")
 
 
 def _quoted(name: str) -> str:
@@ -3496,8 +3497,8 @@ class _BoltImport:
             except (TypeError, ValueError) as error:
                 if not _is_own(error):
                     raise
-                bucket = _legacy_text(b"/".join(path))
-                self.added.problem(bucket, _legacy_text(key), str(error))
+                bucket = _escaped(b"/".join(path))
+                self.added.problem(bucket, _escaped(key), str(error))
             if what == wanted == _BUCKET:
                 self.add((*path, key), self.file.entries(value))
 
@@ -3543,7 +3544,7 @@ def _is_run(key: bytes, value: bytes) -> bool:
         data = _bolt_object(value)
     except ValueError:
         return False
-    return {"pid", "status"} <= data.keys() and data.get("id") == _legacy_text(key)
+    return {"pid", "status"} <= data.keys() and data.get("id") == _escaped(key)
 
 
 def _bolt_object(value: bytes) -> Values:
