@@ -295,11 +295,6 @@ class ImportSummary(NamedTuple):
     problems: tuple[tuple[str, str, str], ...] = ()
 
 
-# How a field's value is written and read; the fields that aren't named here are texts.
-_TIMES = ("started_at", "completed_at")
-_INTEGERS = ("exit_code", "pid")
-
-
 def _require(what: str, value: object, kind: type) -> None:
     """Refuse a value of another type; a bool is no int."""
     if not isinstance(value, kind) or isinstance(value, bool):
@@ -374,24 +369,29 @@ def _bytes(what: str, value: object) -> bytes:
         raise TypeError(f"{what} must be bytes-like, not {kind}") from None
 
 
+# What makes a row's cell of a field's value; the fields that aren't named are texts.
+_CELLS: dict[str, Callable[[str, Any], object]] = {
+    "started_at": _instant,
+    "completed_at": lambda what, value: None if value is None else _instant(what, value),
+    "duration": _nanoseconds,
+    "exit_code": _integer,
+    "pid": _integer,
+}
+
+
 def _values(record: ExecutionRecord | BackgroundRun) -> Values:
     """A record's fields as a row has them: the one way in."""
-    values: Values = {}
-    for field, value in zip(record._fields, record):
-        if field in _TIMES:
-            unknown = value is None and field == "completed_at"
-            values[field] = None if unknown else _instant(field, value)
-        elif field == "duration":
-            values[field] = _nanoseconds(field, value)
-        else:
-            values[field] = (_integer if field in _INTEGERS else _text)(field, value)
-    return values
+    return {
+        field: _CELLS.get(field, _text)(field, value)
+        for field, value in zip(record._fields, record)
+    }
 
 
 def _cell_types(fields: Sequence[str]) -> tuple[tuple[type, ...], ...]:
     """What a record's cells may be: with completed_at, the eighth of both kinds, and
     without."""
-    types = [int if field in (*_INTEGERS, "duration") else str for field in fields]
+    integers = ("duration", "exit_code", "pid")
+    types = [int if field in integers else str for field in fields]
     return tuple(types), (*types[:7], type(None), *types[8:])
 
 
@@ -436,7 +436,7 @@ def _to_json(
 ) -> dict[str, object]:
     document: dict[str, object] = {}
     for field, value in _values(record).items():
-        if field in _TIMES and value is not None:
+        if value and field in ("started_at", "completed_at"):
             value = value[:-1].rstrip("0").rstrip(".") + "Z"
         if value or field in always:
             document[_tag(field)] = value
@@ -453,18 +453,18 @@ def _from_json(
     for field in cls._fields:
         tag = _tag(field)
         value = data.get(tag)
-        if value is None:
-            if field not in {**cls._field_defaults, **fields}:
-                raise ValueError(f"{tag} is missing")
-        elif field in _TIMES:
-            fields[field] = _instant_of_json(tag, value)
-        elif field == "duration":
-            nanoseconds = _integer(tag, value)
-            size = timedelta(microseconds=abs(nanoseconds) // 1000)  # cut towards zero
-            fields[field] = size if nanoseconds >= 0 else -size
-        else:
-            fields[field] = (_integer if field in _INTEGERS else _text)(tag, value)
+        if value is not None:
+            fields[field] = _OF_JSON.get(field, _text)(tag, value)
+        elif field not in cls._field_defaults and field not in fields:
+            raise ValueError(f"{tag} is missing")
     return fields
+
+
+def _span_of_json(what: str, value: object) -> timedelta:
+    """A duration of nanoseconds, of which what is finer than a microsecond is cut."""
+    nanoseconds = _integer(what, value)
+    size = timedelta(microseconds=abs(nanoseconds) // 1000)
+    return size if nanoseconds >= 0 else -size
 
 
 def _instant_of_json(what: str, value: object) -> datetime:
@@ -481,6 +481,16 @@ def _instant_of_json(what: str, value: object) -> datetime:
     except ValueError:
         raise ValueError(f"{what} must be a time in RFC 3339, not {value!r}") from None
     return datetime.fromisoformat(_instant(what, moment))
+
+
+# What makes a field's value of its tag's; the fields that aren't named are texts.
+_OF_JSON: dict[str, Callable[[str, Any], object]] = {
+    "started_at": _instant_of_json,
+    "completed_at": _instant_of_json,
+    "duration": _span_of_json,
+    "exit_code": _integer,
+    "pid": _integer,
+}
 
 
 # ---- where things are ----
@@ -824,15 +834,16 @@ _VARS = """
 _DELETE_VAR = "DELETE FROM process_vars WHERE bucket = :bucket AND key = :key"
 _DELETE_VARS = "DELETE FROM process_vars WHERE bucket = :bucket"
 
+# By seq or by id, of which an execution has the one here and a background run the other.
 _RUNNING = """
-    SELECT seq, pid, owner, scope FROM history WHERE status = 'running' ORDER BY seq"""
-_RUNNING_IN_BACKGROUND = """
-    SELECT id, pid, owner, '' FROM background WHERE status = 'running' ORDER BY id"""
+    SELECT seq, '' AS id, pid, owner, scope FROM history WHERE status = 'running'
+    UNION ALL
+    SELECT 0 AS seq, id, pid, owner, '' AS scope FROM background WHERE status = 'running'"""
 _FAIL = """
     UPDATE history SET status = 'failed', completed_at = :now, scope = '',
         exit_code = CASE WHEN exit_code = 0 THEN 1 ELSE exit_code END,
         error = CASE WHEN error = '' THEN :error ELSE error END
-    WHERE seq = :id AND status = 'running' AND pid = :pid AND owner = :owner"""
+    WHERE seq = :seq AND status = 'running' AND pid = :pid AND owner = :owner"""
 _FAIL_IN_BACKGROUND = """
     UPDATE background SET status = 'failed', completed_at = :now,
         error = CASE WHEN error = '' THEN :error ELSE error END
@@ -931,15 +942,13 @@ class Execution:
     ValueError for another value, AttributeError for another name.
     """
 
-    __slots__ = (
-        "_background",
-        "_began",
-        "_bucket",
-        "_env",
-        "_record",
-        "_scope",
-        "_store",
-    )
+    id: str
+    ref: str
+    bucket: str
+    env: dict[str, str]
+    exit_code: int
+    error: str
+    log_archive_id: str
 
     def __init__(
         self,
@@ -948,54 +957,23 @@ class Execution:
         bucket: str | None,
     ) -> None:
         self._store = store
-        self._record = record
+        self._record = record  # as it was saved last
         self._scope = record.id if bucket is None else ""  # a bucket that goes at the end
         self._background = False  # whether it is recorded as a background run too
         self._began = time.monotonic()
-        self._bucket = bucket or record.id
-        self._env = {**os.environ, BUCKET_ENV: self._bucket, _PATH_ENV: store._address()}
+        scope = bucket or record.id
+        environment = {**os.environ, BUCKET_ENV: scope, _PATH_ENV: store._address()}
+        vars(self).update(id=record.id, ref=record.ref, bucket=scope, env=environment)
+        self.exit_code = 0
+        self.error = ""
+        self.log_archive_id = record.log_archive_id
 
-    @property
-    def id(self) -> str:
-        return self._record.id
-
-    @property
-    def ref(self) -> str:
-        return self._record.ref
-
-    @property
-    def bucket(self) -> str:
-        return self._bucket
-
-    @property
-    def env(self) -> dict[str, str]:
-        return self._env
-
-    @property
-    def exit_code(self) -> int:
-        return self._record.exit_code
-
-    @exit_code.setter
-    def exit_code(self, value: int) -> None:
-        self._record = self._record._replace(exit_code=_integer("exit_code", value))
-
-    @property
-    def error(self) -> str:
-        return self._record.error
-
-    @error.setter
-    def error(self, value: str) -> None:
-        self._record = self._record._replace(error=_text("error", value))
-
-    @property
-    def log_archive_id(self) -> str:
-        return self._record.log_archive_id
-
-    @log_archive_id.setter
-    def log_archive_id(self, value: str) -> None:
-        self._record = self._record._replace(
-            log_archive_id=_text("log_archive_id", value)
-        )
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("exit_code", "error", "log_archive_id"):
+            value = _CELLS.get(name, _text)(name, value)
+        elif not name.startswith("_"):
+            raise AttributeError(f"a run has no {name!r} that can be set")
+        vars(self)[name] = value
 
     @contextmanager
     def _recorded(self) -> Iterator[Execution]:
@@ -1015,7 +993,7 @@ class Execution:
         """Record that it runs, and make its scope."""
         scope = [_ADD_BUCKET] if self._scope else []
         try:
-            self._save(self._store, scope)
+            self._save(self._store, *scope)
         finally:
             self._began = time.monotonic()  # to wait for the lock is no part of it
 
@@ -1035,20 +1013,25 @@ class Execution:
             self.exit_code = min(128 - self.exit_code, _MAX_INTEGER)
         failed = self.exit_code or self.error
         self._record = self._record._replace(
+            exit_code=self.exit_code,
+            error=self.error,
+            log_archive_id=self.log_archive_id,
             status=RunStatus.FAILED if failed else RunStatus.COMPLETED,
             completed_at=_now(),
             duration=timedelta(seconds=time.monotonic() - self._began),
         )
-        scope = [_DELETE_VARS, _DELETE_BUCKET] if self._scope else []
-        self._save(self._store._patient(), scope)
+        self._save(self._store._patient(), _DELETE_VARS, _DELETE_BUCKET)
 
-    def _save(self, store: _SQLStore, scope: list[str]) -> None:
+    def _save(self, store: _SQLStore, *scope: str) -> None:
+        """Record what is known, and execute what is to be done with the scope; where that
+        stays, its name is "" here, which no bucket has."""
         running = self._record.status == RunStatus.RUNNING
+        background = [_SAVE_RUN] if self._background else []
         store._run(
             _RECORD,
             _SET_SCOPE,
+            *background,
             *scope,
-            *([_SAVE_RUN] if self._background else []),
             **_values(self._record),
             owner=_owner_note(self._record.pid) if running else "",
             scope=self._scope if running else "",
@@ -1233,7 +1216,7 @@ class _SQLStore(DataStore):
         """Yields a store whose operations share one connection, each in a transaction of its
         own: for loops. RuntimeError for its use after its end, from another thread or in a
         forked child; StoreError where its store has been removed or replaced."""
-        return _session(self)
+        return _session(self._whole("session"))
 
     def transaction(self) -> AbstractContextManager[Session]:
         return _lone_transaction(self, write=True)
@@ -1265,7 +1248,8 @@ class _SQLStore(DataStore):
         with self._transact(write=False) as execute:
             for first in range(0, len(each), _BATCH):
                 listed, values = _listed(each[first : first + _BATCH], separator)
-                rows += execute(statement.replace(":names", listed), {**more, **values})
+                each_of_them = statement.replace(":names", listed)
+                rows += execute(each_of_them, {**more, **values}).fetchall()
         return each, rows
 
     def _name(self, what: str, value: object) -> str:
@@ -1537,50 +1521,45 @@ class _SQLStore(DataStore):
                 fields[field] = _noted(run_env_value(variable))
         if fields.get("working_dir") is None:
             fields["working_dir"] = _current_folder()
-        id = _new_id() if id is None else id
-        record = ExecutionRecord(
-            ref, _now(), id=id, status=RunStatus.RUNNING, pid=os.getpid(), **fields
-        )
-        values = self._checked(ExecutionRecord, record)
-        record = _execution([values[field] for field in record._fields])  # plain values
-        bucket = None if bucket is None else self._name("bucket", bucket)
-        for what, name in ("id", self._name("id", record.id)), ("bucket", bucket):
-            if name is not None and _bucket_name(name) != name:
-                raise ValueError(
-                    f"{what} must not have a colon, slash or space: {name!r}"
-                )
-        if bucket is None and record.id == ROOT_BUCKET:
+        id = _new_id() if id is None else self._scope_name("id", id)
+        bucket = None if bucket is None else self._scope_name("bucket", bucket)
+        if bucket is None and id == ROOT_BUCKET:
             raise ValueError(f"id must not be {ROOT_BUCKET!r}: its scope goes at the end")
+        fields.update(id=id, status=RunStatus.RUNNING, pid=os.getpid())
+        record = ExecutionRecord(self._name("ref", ref), _now(), **fields)
+        _values(record)  # what can't be recorded is refused before anything runs
         return Execution(self._whole("execution"), record, bucket)
+
+    def _scope_name(self, what: str, value: str) -> str:
+        """A name that a child finds its scope by: environment_bucket() mustn't change it."""
+        name = self._name(what, value)
+        if _bucket_name(name) != name:
+            raise ValueError(f"{what} must not have a colon, slash or space: {name!r}")
+        return name
 
     def reconcile(self) -> int:
         """Mark running records and background runs whose process is gone as failed; how many
         they were. The scopes that execution() made for them go. Left alone: what belongs to
         another machine or pid namespace, and what has no pid."""
-        gone: list[tuple[str, Values]] = []
-        with self._transact(write=False) as execute:
-            for kind, running, fail in (
-                (int, _RUNNING, _FAIL),
-                (str, _RUNNING_IN_BACKGROUND, _FAIL_IN_BACKGROUND),
-            ):
-                rows = execute(running, {}).fetchall()
-                for key, pid, owner, scope in self._checked_cells(
-                    rows, (kind, int, str, str)
-                ):
-                    if _is_gone(pid, owner, self._judges_unnoted):
-                        values = {"id": key, "pid": pid, "owner": owner, "bucket": scope}
-                        gone.append((fail, values))
+        gone: list[Values] = []
+        running = self._fetch(_RUNNING, int, str, int, str, str)
+        for seq, id, pid, owner, scope in running:
+            if _is_gone(pid, owner, self._judges_unnoted):
+                gone.append(
+                    {"seq": seq, "id": id, "pid": pid, "owner": owner, "bucket": scope}
+                )
         if not gone:
             return 0
         marked = 0
         with self._transact(write=True) as execute:
-            for fail, values in gone:
+            for values in gone:
                 values.update(now=_instant("now", _now()), error=_GONE)
-                changed = execute(fail, values).rowcount
-                marked += changed
-                if changed and values["bucket"]:
+                changed = execute(_FAIL, values).rowcount
+                changed += execute(_FAIL_IN_BACKGROUND, values).rowcount
+                if changed:  # else it has ended meanwhile
                     execute(_DELETE_VARS, values)
                     execute(_DELETE_BUCKET, values)
+                marked += changed
         return marked
 
     def prune(
@@ -1641,11 +1620,11 @@ class Session(_SQLStore):
         self, write: bool, snapshot: bool = True
     ) -> AbstractContextManager[Execute]:
         self._check()
-        if write and self._held.thread and not self._atomic:
+        in_transaction = self._held.thread
+        if write and in_transaction and not self._atomic:
             reason = "its transaction() is open, and this would be no part of it"
             raise RuntimeError(f"{self.path}: {reason}")
-        in_one = self._atomic or self._held.thread
-        if in_one or not (write or snapshot):
+        if in_transaction or not (write or snapshot):
             return self._held
         return _transacted(self._held, write)
 
@@ -1673,9 +1652,6 @@ class Session(_SQLStore):
         if self._atomic:
             raise RuntimeError(f"{self.path}: no {operation}() inside a transaction()")
         return self._store
-
-    def session(self) -> AbstractContextManager[Session]:
-        return self._whole("session").session()
 
     def transaction(self) -> AbstractContextManager[Session]:
         self._whole("transaction")
@@ -1712,11 +1688,11 @@ def _held(store: _SQLStore) -> Iterator[Connection]:
 
 
 @contextmanager
-def _session(store: _SQLStore) -> Iterator[Session]:
+def _session(store: SQLiteDataStore | PostgresDataStore) -> Iterator[Session]:
     with _held(store) as connection:
         with connection:
             connection.prepare()
-        session = Session(store._whole("session"), connection, atomic=False)
+        session = Session(store, connection, atomic=False)
         try:
             yield session
         finally:
@@ -1966,54 +1942,45 @@ def _what_it_is(file: str) -> str:
     return "it is no SQLite file, so no store: name another path, or move the file away"
 
 
-class _Waiting:
-    """The sleeps of one operation, until its timeout."""
+def _tries(store: _SQLStore, longest: float = 0.0) -> Iterator[float]:
+    """Yields the seconds that are left for each try of one operation. Between two of them it
+    sleeps a moment, of at most `longest`, since others are at work; after the timeout it is a
+    StoreBusyError.
 
-    def __init__(self, store: _SQLStore) -> None:
-        self.store = store
-        self.began = time.monotonic()
-        self.slept = 0.0  # what counts where somebody has frozen the clock
-
-    def left(self) -> float:
-        return self.store._timeout - max(time.monotonic() - self.began, self.slept)
-
-    def sleep(self, longest: float = 0.0) -> None:
-        """Sleep a moment, of at most `longest`, since others are at work; StoreBusyError
-        after the timeout.
-
-        SQLite's own handler sleeps for up to 100 ms and starves the unluckiest of many. Here
-        whoever has waited for long tries oftener; but if all of 64 did, or all of 256 that
-        are patient, the one that has the lock would find no time to go on.
-        """
-        left = self.left()
-        waited = self.store._timeout - left
+    SQLite's own handler sleeps for up to 100 ms and starves the unluckiest of many. Here
+    whoever has waited for long tries oftener; but if all of 64 did, or all of 256 that are
+    patient, the one that has the lock would find no time to go on.
+    """
+    began = time.monotonic()
+    slept = 0.0  # what counts where somebody has frozen the clock
+    often = max(0.008, store._timeout / 400)  # who may wait for long, less so
+    left = store._timeout
+    while True:
+        yield left
+        waited = max(time.monotonic() - began, slept)
+        left = store._timeout - waited
         if left <= 0:
             reason = (
                 f"another process kept it locked for {waited:.1f} seconds:"
                 " try again, or wait longer by timeout="
             )
-            raise _error(StoreBusyError, self.store.path, reason)
-        often = max(0.008, self.store._timeout / 400)  # who may wait for long, less so
-        longest = longest or (0.032 if waited < 0.5 else often)
+            raise _error(StoreBusyError, store.path, reason)
         jitter = 0.5 + time.perf_counter_ns() % 1000 / 1000
-        pause = min(max(waited, 0.001) * jitter, longest * jitter, left)
+        limit = longest or (0.032 if waited < 0.5 else often)
+        pause = min(max(waited, 0.001) * jitter, limit * jitter, left)
         time.sleep(pause)
-        self.slept += pause
+        slept += pause
+        left -= pause
 
 
 class _NoRows:
     """What a statement finds where there is no store."""
-
-    rowcount = 0
 
     def fetchone(self) -> None:
         return None
 
     def fetchall(self) -> list[Row]:
         return []
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(())
 
 
 def _find_nothing(statement: str, values: Values) -> _NoRows:
@@ -2109,32 +2076,40 @@ class _Connection:
 
     def begin(self, write: bool) -> bool:
         """Take the write lock, or a snapshot. Whether there is a store; a write makes it."""
-        if len(_gate.connections) > 1:  # beside this one
-            self.refuse_use(write)
+        self.refuse_use(write)
         if self.thread:
             return True  # a session's read takes part in its own transaction()
         self.rollback()  # what an interrupt has left
         established = bool(self.sql)
         at_rest = False
-        waiting = None
+        tries = _tries(self.store)
         while True:
+            next(tries)
+            self.make_way()
             try:
                 if not self.sql and not self.open(write, at_rest):
                     return False
                 return self.begin_here(write)
             except (sqlite3.Error, _Moved) as error:
-                no_place = _code(error) in _NO_PLACE and not write and not at_rest
-                self.recover(error, established, no_place)
-                at_rest = at_rest or no_place
-            waiting = waiting or _Waiting(self.store)
-            waiting.sleep()
-            if _gate.forking:
-                if not self.held:
-                    self.close()  # else the child could not open the file
-                _gate.enter(self)
+                self.rollback()
+                if _code(error) in _BUSY:
+                    continue
+                if self.has_moved():
+                    if established:
+                        reason = (
+                            "its file has been removed or replaced: open a new session"
+                        )
+                        raise _error(StoreError, self.store.path, reason) from None
+                elif _code(error) in _NO_PLACE and not (write or at_rest):
+                    at_rest = True
+                else:
+                    raise
+                self.close()
 
     def refuse_use(self, write: bool) -> None:
         """Refuse a file that was open at a fork, and to wait for the lock of one's own."""
+        if len(_gate.connections) == 1:  # this one
+            return
         for each in _gate.known():
             if not each.sql or each.store._file != self.store._file:
                 continue
@@ -2147,19 +2122,12 @@ class _Connection:
                 )
                 raise RuntimeError(f"{self.store.path}: {reason}")
 
-    def recover(self, error: Exception, established: bool, elsewhere: bool) -> None:
-        """Make ready for another try where an error is the doing of others, or is to be
-        tried elsewhere; raise any other. What is established goes on with its own file."""
-        self.rollback()
-        if _code(error) in _BUSY:
-            return
-        moved = self.has_moved()
-        if moved and established:
-            reason = "its file has been removed or replaced: open a new session"
-            raise _error(StoreError, self.store.path, reason) from None
-        if not moved and not elsewhere:
-            raise error
-        self.close()
+    def make_way(self) -> None:
+        """Let a fork that is near go first, and its child open the file."""
+        if _gate.forking:
+            if not self.held:
+                self.close()
+            _gate.enter(self)
 
     def prepare(self) -> None:
         """See that there is a store that can be read, made where it is missing."""
@@ -2172,7 +2140,8 @@ class _Connection:
 
     def begin_here(self, write: bool) -> bool:
         if write and self.at_rest:  # SQLite would begin a read
-            self.refuse_writing()
+            kind, advice = _KINDS[sqlite3.SQLITE_READONLY]
+            raise _error(kind, self.store.path, advice)
         self.sql.execute("BEGIN IMMEDIATE" if write else "BEGIN")
         known = self.store._known
         complete = self.identify()
@@ -2185,7 +2154,9 @@ class _Connection:
         # a store that this object sees for the first time, or a blank one
         if self.sql.execute("PRAGMA journal_mode").fetchone() != ("wal",):
             self.rollback()
-            self.use_wal()
+            if self.sql.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+                reason = "SQLite can't keep a WAL here: name a store on a local disk"
+                raise _error(StoreError, self.store.path, reason)
             return self.begin_here(write)
         if not complete:
             self.create()
@@ -2246,16 +2217,9 @@ class _Connection:
         self.sql.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
         self.sql.execute(f"PRAGMA user_version = {_VERSION}")
 
-    def use_wal(self) -> None:
-        [mode] = self.sql.execute("PRAGMA journal_mode = WAL").fetchone()
-        if mode != "wal":
-            reason = "SQLite can't keep a WAL here: name a store on a local disk"
-            raise _error(StoreError, self.store.path, reason)
-
     def open(self, make: bool, at_rest: bool) -> bool:
         """Open the file; False where it is missing, and not to be made."""
         file = self.store._file
-        made = False
         while True:
             try:
                 status = os.stat(file)
@@ -2263,17 +2227,18 @@ class _Connection:
             except (FileNotFoundError, NotADirectoryError):
                 if not make:
                     return False
-                made = _make_file(file)
+                _make_file(file)
         self.refuse_unsafe(status)
         settings = _WRITE_SETTINGS if make or self.held else _READ_SETTINGS
         if make and status.st_size == 0:
-            _make_private(file, status, made)
+            if stat.S_IMODE(status.st_mode) != 0o600:
+                os.chmod(file, 0o600)  # whatever the umask, or who has made it
             # before anything else: BEGIN or WAL settles auto_vacuum, by which prune() can
             # make the file smaller
             settings += "; PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL"
-        if at_rest or not _may_write(file, status):  # else -wal and -shm would be left
-            if make:
-                self.refuse_writing()
+        # asking needs no descriptor, whose closing would drop this process's locks
+        writable = os.access(file, os.W_OK, effective_ids=os.name == "posix")
+        if at_rest or not writable:  # else -wal and -shm would be left
             self.open_at_rest()
             return True
         self.inode = status.st_ino
@@ -2300,10 +2265,6 @@ class _Connection:
             raise _error(StoreBusyError, self.store.path, f"{reason} be written")
         self.at_rest = state
         self.connect("mode=ro&immutable=1", _READ_SETTINGS)
-
-    def refuse_writing(self) -> NoReturn:
-        kind, advice = _KINDS[sqlite3.SQLITE_READONLY]
-        raise _error(kind, self.store.path, advice)
 
     def refuse_change(self) -> None:
         """Refuse what was read of a file at rest where it was not."""
@@ -2428,57 +2389,21 @@ class _Connection:
             sql.close()
 
 
-def _may_write(file: str, status: os.stat_result) -> bool:
-    if status.st_uid == os.geteuid() and status.st_mode & stat.S_IWUSR:
-        return True
-    # asking needs no descriptor, whose closing would drop this process's locks
-    return os.access(file, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+def _make_file(file: str) -> None:
+    """Make an empty file that only its owner may read, unless there is one by now."""
+    _make_folder(os.path.dirname(file))
+    # closing it drops this process's locks on it: no thread may have opened it by then
+    with suppress(FileExistsError), _gate.files:
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def _make_folder(folder: str) -> None:
-    try:
-        try:
-            os.mkdir(folder, 0o700)
-        except FileNotFoundError:
-            _make_folder(os.path.dirname(folder))
-            os.mkdir(folder, 0o700)
-    except FileExistsError:
+    if os.path.isdir(folder):
         return
-    if stat.S_IMODE(os.stat(folder).st_mode) & 0o700 != 0o700:
+    _make_folder(os.path.dirname(folder))
+    with suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
         os.chmod(folder, 0o700)  # whatever the umask
-
-
-def _make_file(file: str) -> bool:
-    """Make an empty file that only its owner may read; False where there is one by now."""
-    try:
-        _make_folder(os.path.dirname(file))
-        # closing it drops this process's locks on it: no thread may have opened it by then
-        with _gate.files:
-            os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-    except FileExistsError:
-        return False
-    except FileNotFoundError as error:  # as in /proc
-        raise _error(
-            StoreError, file, "it can't be made here: name another path"
-        ) from error
-    return True
-
-
-def _make_private(file: str, status: os.stat_result, made: bool) -> None:
-    """Take everybody else's rights of a new store away, whatever the umask gave."""
-    mode = stat.S_IMODE(status.st_mode)
-    if mode == 0o600:
-        return
-    try:
-        os.chmod(file, 0o600)
-    except PermissionError as error:
-        if mode & 0o077:
-            if made:
-                os.unlink(file)
-            reason = (
-                "others could read it, and its rights can't be changed: name another path"
-            )
-            raise _error(StoreError, file, reason) from error
 
 
 # ---- SQLite: the store ----
@@ -2536,16 +2461,16 @@ class SQLiteDataStore(_SQLStore):
                 connection.begin(True)
                 _empty(connection.execute)
                 connection.commit()
-            waiting = _Waiting(self)
             try:
-                while not _unlink(connection):
+                for _ in _tries(self):
+                    if _unlink(connection):
+                        break
                     connection.close()
-                    waiting.sleep()
             except StoreBusyError:
                 reason = (
                     "it has been emptied, but a process has it open, so the empty file is"
+                    " left: end that process, and do it again"
                 )
-                reason += " left: end that process, and do it again"
                 raise _error(StoreBusyError, self.path, reason) from None
 
     def backup(self, target: str | os.PathLike[str]) -> None:
@@ -2888,21 +2813,20 @@ class _PostgresConnection:
 
     def begin(self, write: bool) -> bool:
         """Take the write lock, or a snapshot. Whether there is a store; a write makes it."""
-        waiting = _Waiting(self.store)
         used = self.sql is not None
+        tries = _tries(self.store, longest=0.05)
         while True:
+            left = next(tries)
             try:
-                return self.begin_here(write, waiting.left())
+                return self.begin_here(write, left)
             except Exception as error:
                 code, _ = _said(error)
                 self.close()
                 if used and code.startswith(("08", "57")):
-                    used = False  # it has died since its last use: connect anew, once
-                    continue
-                if code not in _SERVER_AGAIN or waiting.left() <= 0:
+                    return self.begin(write)  # it has died since its last use
+                if code not in _SERVER_AGAIN or left <= 0:
                     raise
             self.store._known = False
-            waiting.sleep(longest=0.05)
 
     def begin_here(self, write: bool, left: float) -> bool:
         if self.sql is None:
@@ -3176,7 +3100,9 @@ def _unlink(connection: _Connection) -> bool:
         os.unlink(connection.store._file)
         return True
     except sqlite3.OperationalError as error:
-        connection.recover(error, established=False, elsewhere=False)
+        connection.rollback()
+        if _code(error) not in _BUSY and not connection.has_moved():
+            raise
         return False
 
 
@@ -3346,10 +3272,10 @@ def _content(place: _ExistingStore) -> bytes:
         raise ValueError("it is an SQLite file; if it is a store, use copy_store()")
     if not start:
         raise ValueError("it is empty")
-    waiting = _Waiting(place)
     with open(file, "rb") as stream:
-        while not _lock(stream.fileno(), exclusive=False):
-            waiting.sleep()
+        for _ in _tries(place):
+            if _lock(stream.fileno(), exclusive=False):
+                break
         return stream.read()
 
 
@@ -4515,9 +4441,7 @@ def _do_stop(options: Any) -> None:
     except ValueError:
         raise _UsageError("--timeout must be a number of seconds, 0 or more") from None
     store = _reconciled(options)
-    owners = {
-        id: (pid, owner) for id, pid, owner, _ in store._fetch(_RUNNING_IN_BACKGROUND)
-    }
+    owners = {id: (pid, owner) for _, id, pid, owner, _ in store._fetch(_RUNNING)}
     if options.id not in owners:
         status = store.get_background_run(options.id).status
         raise StoreError(f"the run {options.id} isn't running: its status is {status!r}")

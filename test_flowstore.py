@@ -2211,32 +2211,6 @@ def test_somebody_elses_file_is_refused_where_anyone_may_write(place):
 
 
 @posix
-@pytest.mark.skipif(os.name == "posix" and os.geteuid() != 0, reason="needs root: chown")
-@pytest.mark.parametrize("rights", [0o666, 0o604])
-def test_where_rights_cant_be_changed_no_file_is_left_that_others_may_read(
-    place, monkeypatch, rights
-):
-    open_file = os.open
-
-    def on_a_share(path, flags, mode=0o777, **options):
-        """Make a file as a share does that gives its own owner and mode."""
-        descriptor = open_file(path, flags, mode, **options)
-        if flags & os.O_CREAT:
-            os.seteuid(0)
-            os.chown(path, 0, 0)
-            os.chmod(path, rights)
-            os.seteuid(NOBODY)
-        return descriptor
-
-    monkeypatch.setattr(os, "open", on_a_share)
-    os.chown(place, NOBODY, NOBODY)
-    with an_ordinary_user():
-        error = value_of(lambda: flowstore.SQLiteDataStore(f"{place}/new.db"))
-    assert "others could read it" in str(error) and f"{place}/new.db" in str(error)
-    assert os.listdir(place) == ["flowstore.db"]
-
-
-@posix
 def test_a_place_where_nothing_can_be_made_is_named_at_once(place):
     os.chmod(place, 0o555)
     with an_ordinary_user():
