@@ -298,8 +298,9 @@ class ImportSummary(NamedTuple):
 def _require(what: str, value: object, kind: type) -> None:
     """Refuse a value of another type; a bool is no int."""
     if not isinstance(value, kind) or isinstance(value, bool):
-        reason = f"must be of type {kind.__name__}, not {type(value).__name__}"
-        raise TypeError(f"{what} {reason}")
+        raise TypeError(
+            f"{what} must be of type {kind.__name__}, not {type(value).__name__}"
+        )
 
 
 def _text(what: str, value: Any) -> str:
@@ -503,8 +504,6 @@ def default_path() -> str:
     user's cache folder. StoreError where there is no such folder.
     """
     chosen = os.environ.get(_PATH_ENV)
-    if chosen == ":memory:":
-        raise ValueError(f"{_PATH_ENV} must be a file or a URL: every operation opens it")
     if chosen:
         return chosen if _is_url(chosen) else _absolute(chosen)
     folder = os.environ.get("FLOW_CACHE_DIR")
@@ -529,13 +528,20 @@ def _cache_folder() -> str:
 
 
 def _absolute(path: str) -> str:
+    if path == ":memory:" or "\0" in path:
+        raise ValueError(
+            f"{path!r} is no file, which a store is: every operation opens it"
+        )
     try:
         return os.path.abspath(path)
     except OSError as error:  # the current folder has been removed
         if not _is_own(error):
             raise
-        reason = f"{error.strerror}: the current folder is gone; name an absolute path"
-        raise _error(StoreError, path, reason) from error
+        raise _error(
+            StoreError,
+            path,
+            f"{error.strerror}: the current folder is gone; name an absolute path",
+        ) from error
 
 
 def _is_url(where: str) -> bool:
@@ -1192,6 +1198,9 @@ class _SQLStore(DataStore):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r})"
 
+    def _error(self, reason: str, kind: type[StoreError] = StoreError) -> StoreError:
+        return _error(kind, self.path, reason)
+
     def _prepare(self) -> None:
         """Make the store where it is missing, or fail at once."""
         connection = self._connection()
@@ -1268,8 +1277,9 @@ class _SQLStore(DataStore):
             for name, question in {**questions, **counts}.items():
                 row = execute(question, {}).fetchone()
                 if row is None:
-                    reason = "there is no store here yet: `flowstore set` makes one"
-                    raise _error(StoreError, self.path, reason)
+                    raise self._error(
+                        "there is no store here yet: `flowstore set` makes one"
+                    )
                 report[name] = row[0]
         return report
 
@@ -1288,7 +1298,7 @@ class _SQLStore(DataStore):
 
     def _damaged_row(self) -> StoreError:
         reason = "a row of it is damaged: restore a backup, or delete what it belongs to"
-        return _error(CorruptStoreError, self.path, reason)
+        return self._error(reason, CorruptStoreError)
 
     # cache
 
@@ -1382,7 +1392,7 @@ class _SQLStore(DataStore):
         rows = self._fetch(_GET_RUN, id=self._name("id", id))
         for run in self._made(_background, rows):
             return run
-        raise _error(NotFoundError, self.path, f"there is no background run {id!r}")
+        raise self._error(f"there is no background run {id!r}", NotFoundError)
 
     def get_background_runs(self, ids: Iterable[str]) -> dict[str, BackgroundRun]:
         names, rows = self._fetch_each(_GET_RUNS, "id", ids)
@@ -1420,8 +1430,9 @@ class _SQLStore(DataStore):
         for (value,) in self._fetch(_GET_VAR, str, bucket=bucket, key=key):
             return value  # type: ignore[no-any-return]
         others = "" if bucket == ROOT_BUCKET else f" or in {ROOT_BUCKET!r}"
-        reason = f"there is no variable {key!r} in the scope {bucket!r}{others}"
-        raise _error(NotFoundError, self.path, reason)
+        raise self._error(
+            f"there is no variable {key!r} in the scope {bucket!r}{others}", NotFoundError
+        )
 
     def get_all_process_vars(self, bucket: str) -> dict[str, str]:
         rows = self._fetch(_VARS, int, str, str, bucket=self._name("bucket", bucket))
@@ -1622,8 +1633,9 @@ class Session(_SQLStore):
         self._check()
         in_transaction = self._held.thread
         if write and in_transaction and not self._atomic:
-            reason = "its transaction() is open, and this would be no part of it"
-            raise RuntimeError(f"{self.path}: {reason}")
+            raise RuntimeError(
+                f"{self.path}: its transaction() is open, and this would be no part of it"
+            )
         if in_transaction or not (write or snapshot):
             return self._held
         return _transacted(self._held, write)
@@ -1642,10 +1654,9 @@ class Session(_SQLStore):
             kind = "transaction" if self._atomic else "session"
             raise RuntimeError(f"{self.path}: this {kind} can't be used: {reason}")
         if self._atomic and not self._held.in_transaction():
-            reason = (
+            raise self._error(
                 "this transaction was rolled back, and nothing of it changed: begin anew"
             )
-            raise _error(StoreError, self.path, reason)
 
     def _whole(self, operation: str) -> SQLiteDataStore | PostgresDataStore:
         self._check()
@@ -1717,7 +1728,7 @@ def _transaction(
     try:
         with connection:
             if not connection.begin(write):
-                raise _error(StoreError, store.path, "there is no store here to read")
+                raise store._error("there is no store here to read")
             connection.thread = get_ident()
         yield session
         session._check()
@@ -1960,11 +1971,11 @@ def _tries(store: _SQLStore, longest: float = 0.0) -> Iterator[float]:
         waited = max(time.monotonic() - began, slept)
         left = store._timeout - waited
         if left <= 0:
-            reason = (
+            raise store._error(
                 f"another process kept it locked for {waited:.1f} seconds:"
-                " try again, or wait longer by timeout="
+                " try again, or wait longer by timeout=",
+                StoreBusyError,
             )
-            raise _error(StoreBusyError, store.path, reason)
         jitter = 0.5 + time.perf_counter_ns() % 1000 / 1000
         limit = longest or (0.032 if waited < 0.5 else often)
         pause = min(max(waited, 0.001) * jitter, limit * jitter, left)
@@ -2096,10 +2107,9 @@ class _Connection:
                     continue
                 if self.has_moved():
                     if established:
-                        reason = (
+                        raise self.store._error(
                             "its file has been removed or replaced: open a new session"
-                        )
-                        raise _error(StoreError, self.store.path, reason) from None
+                        ) from None
                 elif _code(error) in _NO_PLACE and not (write or at_rest):
                     at_rest = True
                 else:
@@ -2114,13 +2124,15 @@ class _Connection:
             if not each.sql or each.store._file != self.store._file:
                 continue
             if each.pid != self.pid:
-                reason = "it was open when this process was forked: use spawn, or exec"
-                raise RuntimeError(f"{self.store.path}: {reason}")
-            if write and each.thread == get_ident():
-                reason = (
-                    "this thread holds a transaction() on it, and would wait for itself"
+                raise RuntimeError(
+                    f"{self.store.path}: it was open when this process was forked:"
+                    " use spawn, or exec"
                 )
-                raise RuntimeError(f"{self.store.path}: {reason}")
+            if write and each.thread == get_ident():
+                raise RuntimeError(
+                    f"{self.store.path}: this thread holds a transaction() on it,"
+                    " and would wait for itself"
+                )
 
     def make_way(self) -> None:
         """Let a fork that is near go first, and its child open the file."""
@@ -2141,7 +2153,7 @@ class _Connection:
     def begin_here(self, write: bool) -> bool:
         if write and self.at_rest:  # SQLite would begin a read
             kind, advice = _KINDS[sqlite3.SQLITE_READONLY]
-            raise _error(kind, self.store.path, advice)
+            raise self.store._error(advice, kind)
         self.sql.execute("BEGIN IMMEDIATE" if write else "BEGIN")
         known = self.store._known
         complete = self.identify()
@@ -2155,8 +2167,9 @@ class _Connection:
         if self.sql.execute("PRAGMA journal_mode").fetchone() != ("wal",):
             self.rollback()
             if self.sql.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
-                reason = "SQLite can't keep a WAL here: name a store on a local disk"
-                raise _error(StoreError, self.store.path, reason)
+                raise self.store._error(
+                    "SQLite can't keep a WAL here: name a store on a local disk"
+                )
             return self.begin_here(write)
         if not complete:
             self.create()
@@ -2167,48 +2180,51 @@ class _Connection:
         [cookie] = self.sql.execute("PRAGMA schema_version").fetchone()
         if self.store._known == (self.inode, cookie):
             return True
-        path = self.store.path
         [application] = self.sql.execute("PRAGMA application_id").fetchone()
         [version] = self.sql.execute("PRAGMA user_version").fetchone()
-        objects = self.sql.execute("SELECT type, name, tbl_name, sql FROM sqlite_master")
-        objects = objects.fetchall()
         if application != _APPLICATION_ID:
             if application or version or cookie:
-                reason = (
-                    f"another program's SQLite file (application id {application:#x})"
+                raise self.store._error(
+                    f"another program's SQLite file (application id {application:#x}):"
+                    " name another path",
+                    CorruptStoreError,
                 )
-                raise _error(CorruptStoreError, path, f"{reason}: name another path")
             if 0 < os.stat(self.store._file).st_size < 512:  # to SQLite that is empty
-                raise _error(CorruptStoreError, path, _what_it_is(self.store._file))
+                raise self.store._error(_what_it_is(self.store._file), CorruptStoreError)
             return False
         if version == 0:  # destroy_store() has emptied it
             return False
         if version > _VERSION:
-            raise _error(StoreError, path, f"it has schema {version}: update flowstore")
+            raise self.store._error(f"it has schema {version}: update flowstore")
         if version < _VERSION:
-            reason = f"it has schema {version}, of an unreleased version: move it away"
-            raise _error(StoreError, path, reason)
-        self.verify(objects)
+            raise self.store._error(
+                f"it has schema {version}, of an unreleased version: move it away"
+            )
+        self.verify()
         self.store._known = (self.inode, cookie)
         return True
 
-    def verify(self, objects: list[Row]) -> None:
+    def verify(self) -> None:
         """Refuse what would run by itself, as a trigger does or a view in a table's place,
         and a store without one of its tables. What else somebody has added is left alone."""
         missing = set(_TABLES)
-        for kind, name, table, text in objects:
+        objects = self.sql.execute("SELECT type, name, tbl_name, sql FROM sqlite_master")
+        for kind, name, table, text in objects.fetchall():
             if table.lower() not in _TABLES:
                 continue
             plain = kind == "index" or (
                 kind == "table" and text.startswith("CREATE TABLE")
             )
             if not plain:
-                reason = f"its {kind} {name!r} is not the store's: drop it"
-                raise _error(StoreError, self.store.path, reason)
+                raise self.store._error(
+                    f"its {kind} {name!r} is not the store's: drop it"
+                )
             missing.discard(name)
         if missing:
-            reason = f"its table {min(missing)} is missing: restore a backup"
-            raise _error(CorruptStoreError, self.store.path, reason)
+            raise self.store._error(
+                f"its table {min(missing)} is missing: restore a backup",
+                CorruptStoreError,
+            )
 
     def create(self) -> None:
         """Make the tables, in the transaction that found none."""
@@ -2259,10 +2275,11 @@ class _Connection:
             self.connect("mode=ro", _READ_SETTINGS)
             return
         if log and log[-1]:
-            reason = (
-                "a -wal lies beside it that can't be read here: open it once where it can"
+            raise self.store._error(
+                "a -wal lies beside it that can't be read here:"
+                " open it once where it can be written",
+                StoreBusyError,
             )
-            raise _error(StoreBusyError, self.store.path, f"{reason} be written")
         self.at_rest = state
         self.connect("mode=ro&immutable=1", _READ_SETTINGS)
 
@@ -2270,8 +2287,9 @@ class _Connection:
         """Refuse what was read of a file at rest where it was not."""
         if self.at_rest and self.look() != self.at_rest:
             self.close()
-            reason = "somebody begins or ends writing to it: try again"
-            raise _error(StoreBusyError, self.store.path, reason)
+            raise self.store._error(
+                "somebody begins or ends writing to it: try again", StoreBusyError
+            )
 
     def connect(self, options: str, settings: str) -> None:
         self.sql = _connect(self.store._file, options)
@@ -2294,7 +2312,7 @@ class _Connection:
             if folder.st_mode & stat.S_IWOTH:
                 reason = "another user's, where anyone may write: name a path of your own"
         if reason:
-            raise _error(StoreError, self.store.path, reason)
+            raise self.store._error(reason)
 
     def look(self) -> list[tuple[int, ...]]:
         """Inode, time and size of the file, its -wal and -shm, () of what isn't there."""
@@ -2303,9 +2321,7 @@ class _Connection:
             try:
                 status = os.stat(self.store._file + ending)
                 found.append((status.st_ino, status.st_mtime_ns, status.st_size))
-            except OSError as error:
-                if not _is_own(error):
-                    raise
+            except _UNTOLD:
                 found.append(())
         return found
 
@@ -2424,10 +2440,7 @@ class SQLiteDataStore(_SQLStore):
         self, path: str | os.PathLike[str] | None = None, *, timeout: float = 3.0
     ) -> None:
         self._timeout = _seconds(timeout)
-        name = "" if path is None else os.fsdecode(path)
-        if name == ":memory:" or "\0" in name:
-            raise ValueError("a store is a file, since every operation opens it")
-        name = name or default_path()
+        name = ("" if path is None else os.fsdecode(path)) or default_path()
         if _is_url(name):
             raise ValueError("this is a URL, not a file: use open_store()")
         self.path = _absolute(name)
@@ -2467,11 +2480,11 @@ class SQLiteDataStore(_SQLStore):
                         break
                     connection.close()
             except StoreBusyError:
-                reason = (
+                raise self._error(
                     "it has been emptied, but a process has it open, so the empty file is"
-                    " left: end that process, and do it again"
-                )
-                raise _error(StoreBusyError, self.path, reason) from None
+                    " left: end that process, and do it again",
+                    StoreBusyError,
+                ) from None
 
     def backup(self, target: str | os.PathLike[str]) -> None:
         """Copy the store, as it is at one moment, to a new file of mode 0600, which appears
@@ -2489,7 +2502,7 @@ class SQLiteDataStore(_SQLStore):
         connection = _Connection(self)
         with connection:
             if not connection.begin(False):
-                raise _error(StoreError, self.path, "there is no store here to copy")
+                raise self._error("there is no store here to copy")
             with _part_of(target) as part:
                 copy = _connect(part, "mode=rw")
                 try:
@@ -2512,8 +2525,9 @@ class SQLiteDataStore(_SQLStore):
         }
         report = self._answers(questions)
         if report["check"] != "ok":
-            reason = f"it is damaged ({report['check']}): restore a backup"
-            raise _error(CorruptStoreError, self.path, reason)
+            raise self._error(
+                f"it is damaged ({report['check']}): restore a backup", CorruptStoreError
+            )
         return report
 
 
@@ -2854,8 +2868,10 @@ class _PostgresConnection:
         me = get_ident(), self.pid
         mine = [each for each in list(_begun) if (each.thread, each.pid) == me]
         if write and mine and self.where() in [each.where() for each in mine]:
-            reason = "this thread holds a transaction() on it, and would wait for itself"
-            raise RuntimeError(f"{self.store.path}: {reason}")
+            raise RuntimeError(
+                f"{self.store.path}: this thread holds a transaction() on it,"
+                " and would wait for itself"
+            )
         _begun.add(self)
         self.writes = write
 
@@ -2877,8 +2893,7 @@ class _PostgresConnection:
 
     def refuse(self, reason: str) -> NoReturn:
         way = "name another by schema=, or restore a backup"
-        reason = f"its schema {self.store._schema!r} {reason}; {way}"
-        raise _error(StoreError, self.store.path, reason)
+        raise self.store._error(f"its schema {self.store._schema!r} {reason}; {way}")
 
     def create(self, there: bool) -> None:
         """Make the tables. Others who do so at the same time fail, and look again."""
@@ -2991,8 +3006,9 @@ class PostgresDataStore(_SQLStore):
         try:
             import psycopg
         except ImportError as error:
-            reason = f"its driver is missing: pip install 'flowstore[postgres]' ({error})"
-            raise _error(StoreError, self.path, reason) from error
+            raise self._error(
+                f"its driver is missing: pip install 'flowstore[postgres]' ({error})"
+            ) from error
         # through a pooler, a prepared statement would meet another of its connections
         return lambda: psycopg.connect(url, autocommit=True, prepare_threshold=None)
 
