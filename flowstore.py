@@ -1844,11 +1844,12 @@ class _ForkGate:
 _gate = _ForkGate()
 
 
+_LOCKED = "others keep it locked: try again, or wait longer by timeout="
 # What SQLite's primary result codes mean to a user: the kind of error, and what to do. What
 # isn't here is a StoreError with SQLite's own words.
 _KINDS = {
-    sqlite3.SQLITE_BUSY: (StoreBusyError, "another process has it locked: try again"),
-    sqlite3.SQLITE_LOCKED: (StoreBusyError, "another thread has it locked: try again"),
+    sqlite3.SQLITE_BUSY: (StoreBusyError, _LOCKED),
+    sqlite3.SQLITE_LOCKED: (StoreBusyError, _LOCKED),
     sqlite3.SQLITE_PROTOCOL: (StoreBusyError, "many begin to use it at once: try again"),
     sqlite3.SQLITE_CORRUPT: (
         CorruptStoreError,
@@ -1954,9 +1955,8 @@ def _what_it_is(file: str) -> str:
 
 
 def _tries(store: _SQLStore, longest: float = 0.0) -> Iterator[float]:
-    """Yields the seconds that are left for each try of one operation. Between two of them it
-    sleeps a moment, of at most `longest`, since others are at work; after the timeout it is a
-    StoreBusyError.
+    """Yields the seconds that are left for each try of one operation, until its timeout.
+    Between two of them it sleeps a moment, of at most `longest`, since others are at work.
 
     SQLite's own handler sleeps for up to 100 ms and starves the unluckiest of many. Here
     whoever has waited for long tries oftener; but if all of 64 did, or all of 256 that are
@@ -1965,23 +1965,18 @@ def _tries(store: _SQLStore, longest: float = 0.0) -> Iterator[float]:
     began = time.monotonic()
     slept = 0.0  # what counts where somebody has frozen the clock
     often = max(0.008, store._timeout / 400)  # who may wait for long, less so
-    left = store._timeout
+    yield store._timeout
     while True:
-        yield left
         waited = max(time.monotonic() - began, slept)
         left = store._timeout - waited
         if left <= 0:
-            raise store._error(
-                f"another process kept it locked for {waited:.1f} seconds:"
-                " try again, or wait longer by timeout=",
-                StoreBusyError,
-            )
+            return
         jitter = 0.5 + time.perf_counter_ns() % 1000 / 1000
         limit = longest or (0.032 if waited < 0.5 else often)
         pause = min(max(waited, 0.001) * jitter, limit * jitter, left)
         time.sleep(pause)
         slept += pause
-        left -= pause
+        yield left - pause
 
 
 class _NoRows:
@@ -2093,9 +2088,7 @@ class _Connection:
         self.rollback()  # what an interrupt has left
         established = bool(self.sql)
         at_rest = False
-        tries = _tries(self.store)
-        while True:
-            next(tries)
+        for _ in _tries(self.store):
             self.make_way()
             try:
                 if not self.sql and not self.open(write, at_rest):
@@ -2115,6 +2108,7 @@ class _Connection:
                 else:
                     raise
                 self.close()
+        raise self.store._error(_LOCKED, StoreBusyError)
 
     def refuse_use(self, write: bool) -> None:
         """Refuse a file that was open at a fork, and to wait for the lock of one's own."""
@@ -2414,12 +2408,13 @@ def _make_file(file: str) -> None:
 
 
 def _make_folder(folder: str) -> None:
-    if os.path.isdir(folder):
-        return
-    _make_folder(os.path.dirname(folder))
-    with suppress(FileExistsError):
-        os.mkdir(folder, 0o700)
-        os.chmod(folder, 0o700)  # whatever the umask
+    try:
+        os.stat(folder)
+    except FileNotFoundError:
+        _make_folder(os.path.dirname(folder))
+        with suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+            os.chmod(folder, 0o700)  # whatever the umask
 
 
 # ---- SQLite: the store ----
@@ -2474,17 +2469,15 @@ class SQLiteDataStore(_SQLStore):
                 connection.begin(True)
                 _empty(connection.execute)
                 connection.commit()
-            try:
-                for _ in _tries(self):
-                    if _unlink(connection):
-                        break
-                    connection.close()
-            except StoreBusyError:
-                raise self._error(
-                    "it has been emptied, but a process has it open, so the empty file is"
-                    " left: end that process, and do it again",
-                    StoreBusyError,
-                ) from None
+            for _ in _tries(self):
+                if _unlink(connection):
+                    return
+                connection.close()
+            raise self._error(
+                "it has been emptied, but a process has it open, so the empty file is"
+                " left: end that process, and do it again",
+                StoreBusyError,
+            )
 
     def backup(self, target: str | os.PathLike[str]) -> None:
         """Copy the store, as it is at one moment, to a new file of mode 0600, which appears
@@ -2682,7 +2675,6 @@ _DROP = f"""
 
 # What PostgreSQL's codes (its documentation, appendix A), or their first two characters,
 # mean to a user. What isn't here is a StoreError with the server's own words.
-_LOCKED = "others keep it locked: try again, or wait longer by timeout="
 _READ_ONLY = "this server can only be read (a standby?): name the one that is written to"
 _SERVER_ADVICE = {
     "08": "the server can't be reached, or was lost: see that it runs, and try again",
@@ -2828,9 +2820,7 @@ class _PostgresConnection:
     def begin(self, write: bool) -> bool:
         """Take the write lock, or a snapshot. Whether there is a store; a write makes it."""
         used = self.sql is not None
-        tries = _tries(self.store, longest=0.05)
-        while True:
-            left = next(tries)
+        for left in _tries(self.store, longest=0.05):
             try:
                 return self.begin_here(write, left)
             except Exception as error:
@@ -2838,9 +2828,11 @@ class _PostgresConnection:
                 self.close()
                 if used and code.startswith(("08", "57")):
                     return self.begin(write)  # it has died since its last use
-                if code not in _SERVER_AGAIN or left <= 0:
+                if code not in _SERVER_AGAIN:
                     raise
+                failure = error
             self.store._known = False
+        raise failure
 
     def begin_here(self, write: bool, left: float) -> bool:
         if self.sql is None:
@@ -3291,8 +3283,8 @@ def _content(place: _ExistingStore) -> bytes:
     with open(file, "rb") as stream:
         for _ in _tries(place):
             if _lock(stream.fileno(), exclusive=False):
-                break
-        return stream.read()
+                return stream.read()
+    raise place._error(_LOCKED, StoreBusyError)
 
 
 # A file of bbolt is pages of one size, which its first two, the meta pages, tell
