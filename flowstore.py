@@ -1272,16 +1272,11 @@ class _SQLStore(DataStore):
     def _answers(self, questions: dict[str, str]) -> dict[str, object]:
         """What a report says: the answers to questions, and how many rows each table has."""
         counts = {table: f"SELECT count(*) FROM {table}" for table in _TABLES}
-        report: dict[str, object] = {"path": self.path}
-        with self._transact(write=False) as execute:
-            for name, question in {**questions, **counts}.items():
-                row = execute(question, {}).fetchone()
-                if row is None:
-                    raise self._error(
-                        "there is no store here yet: `flowstore set` makes one"
-                    )
-                report[name] = row[0]
-        return report
+        asked = {**questions, **counts}
+        columns = ", ".join(f"({question})" for question in asked.values())
+        for answers in self._fetch(f"SELECT {columns}"):
+            return {"path": self.path, **dict(zip(asked, answers))}
+        raise self._error("there is no store here yet: `flowstore set` makes one")
 
     def _checked_cells(self, rows: list[Any], kinds: tuple[type, ...]) -> list[Any]:
         """Rows whose cells are of their columns' types: in SQLite a column may hold any."""
@@ -1844,7 +1839,7 @@ class _ForkGate:
 _gate = _ForkGate()
 
 
-_LOCKED = "others keep it locked: try again, or wait longer by timeout="
+_LOCKED = "others keep it locked: try again, or take a longer timeout"
 # What SQLite's primary result codes mean to a user: the kind of error, and what to do. What
 # isn't here is a StoreError with SQLite's own words.
 _KINDS = {
@@ -1981,9 +1976,6 @@ def _tries(store: _SQLStore, longest: float = 0.0) -> Iterator[float]:
 
 class _NoRows:
     """What a statement finds where there is no store."""
-
-    def fetchone(self) -> None:
-        return None
 
     def fetchall(self) -> list[Row]:
         return []
@@ -2509,13 +2501,14 @@ class SQLiteDataStore(_SQLStore):
     def _report(self) -> dict[str, object]:
         """The outcome of SQLite's check, sizes in bytes, and how many rows each table has."""
         questions = {
-            "check": "PRAGMA integrity_check(1)",
+            "check": "SELECT integrity_check FROM pragma_integrity_check(1)",
             "size": "SELECT page_size * page_count FROM pragma_page_size, pragma_page_count",
             "free": "SELECT page_size * freelist_count"
             " FROM pragma_page_size, pragma_freelist_count",
-            "schema": "PRAGMA user_version",
+            "schema": "SELECT user_version FROM pragma_user_version",
             "sqlite": "SELECT sqlite_version()",
         }
+
         report = self._answers(questions)
         if report["check"] != "ok":
             raise self._error(
@@ -2530,18 +2523,14 @@ def _part_of(target: str) -> Iterator[str]:
     when it is on the disk; one that a killed backup has left is used again. StoreBusyError
     where another backup is at work in it."""
     part = f"{target}.part"
-    mine = False
     try:
         _refuse_target(target)
         # an object that closes itself, wherever an interrupt comes
         with open(part, "ab", 0, opener=partial(os.open, mode=0o600)) as stream:
+            # another backup may have given it the target's name before it was locked
+            if not (_lock(stream.fileno(), exclusive=True) and _is_at(stream, part)):
+                raise _error(StoreBusyError, part, "another backup writes it: try again")
             try:
-                # another backup may have given it the target's name before it was locked
-                mine = _lock(stream.fileno(), exclusive=True) and _is_at(stream, part)
-                if not mine:
-                    raise _error(
-                        StoreBusyError, part, "another backup writes it: try again"
-                    )
                 os.chmod(part, 0o600)
                 stream.truncate(0)
                 yield part
@@ -2549,8 +2538,9 @@ def _part_of(target: str) -> Iterator[str]:
                 _refuse_target(target)
                 os.rename(part, target)
             finally:
-                if mine and _is_at(stream, part):  # it has not got the target's name
+                if _is_at(stream, part):  # it has not got the target's name
                     os.unlink(part)
+
         folder = os.open(os.path.dirname(target), os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -2682,7 +2672,7 @@ _SERVER_ADVICE = {
     "55P03": _LOCKED,
     "40P01": _LOCKED,
     "40001": _LOCKED,
-    "53300": "the server has too many clients: try again, or wait longer by timeout=",
+    "53300": "the server has too many clients: try again, or take a longer timeout",
     "57P03": "the server is starting or stopping: try again",
     "57014": "the statement was cancelled: try again",
     "28": "the server doesn't let this user in: check its name, and pg_hba.conf there",
