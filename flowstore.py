@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
+from itertools import zip_longest
 
 __version__ = "1.0.0"
 
@@ -2049,7 +2050,8 @@ class _Connection:
                 self.rollback()
         finally:
             _gate.leave(self)
-        theirs = (sqlite3.Error, OSError, OverflowError)
+        # the last of these for an SQLite error whose words are no UTF-8
+        theirs = (sqlite3.Error, OSError, OverflowError, UnicodeDecodeError)
         if (
             isinstance(error, theirs)
             and not isinstance(error, StoreError)
@@ -3494,63 +3496,62 @@ def _bolt_texts(**cells: bytes) -> Values:
 # ---- the command line ----
 
 
-class _UsageError(Exception):
+class _UsageError(ValueError):
     """A word of the command line is wrong, missing or too much: which, and what to do."""
-
-
-if TYPE_CHECKING:
-    # Takes the options of a command, returns its exit status: None is 0.
-    Act: TypeAlias = Callable[[Any], int | None]
-
-
-class _Command(NamedTuple):
-    act: Act
-    usage: str
-    sentence: str
-    help: dict[str, str]  # of its options, as they are declared
-    flags: dict[str, str]  # what stands for the value of each option, "" for a switch
-    example: str
 
 
 class _Options:
     """What a command line says; what it doesn't is None."""
 
-    name: str
-    command: Any  # what follows `--`
-    id: Any
+    name: str  # of the command
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+        self.flags: dict[str, str | None] = {}  # with what is given as their values
+        self.after: list[str] = []  # what follows `--`
 
     def __getattr__(self, name: str) -> Any:
         return None
 
 
+if TYPE_CHECKING:
+    # Takes the options of a command, returns its exit status: None is 0.
+    Act: TypeAlias = Callable[[_Options], int | None]
+
 _COMMANDS: dict[str, _Command] = {}
 _FLAGS: dict[str, str] = {}  # of all commands
-_SHARED = {
-    "--store PATH": "use this store: a file, or postgresql://…",
-    "--json": "print one JSON document, for programs",
-    "--help": "explain the command",
-    "--version": "print the version of flowstore",
-}
-_GLOBAL = {"--global": "in the scope root, which all others fall back to"}
+_SHARED = """\
+  --store PATH       use this store: a file, or postgresql://…
+  --json             print one JSON document, for programs
+  --help             explain the command
+  --version          print the version of flowstore"""
 
 
-def _command(
-    usage: str, sentence: str, options: dict[str, str], example: str
-) -> Callable[[Act], Act]:
-    """Make a function a command. Its usage is its name and its words (in brackets: may be
-    left out; after `--`: a command line, taken as it is), its options are `--flag` or
-    `--flag VALUE` with what they do. The function finds REF as options.ref, `-n N` as
-    options.n, what follows `--` as options.command; what isn't given is None."""
-    help = {**options, **_SHARED}
-    flags = {flag: value for flag, _, value in (each.partition(" ") for each in help)}
-    _FLAGS.update(flags)
+class _Command:
+    """Makes a function a command by the text of its help: its usage, a sentence, its
+    options, if there are any, and an example.
 
-    def register(act: Act) -> Act:
-        name = usage.split(maxsplit=1)[0]
-        _COMMANDS[name] = _Command(act, usage, sentence, help, flags, example)
+    The usage is its name and its words (in brackets: may be left out; after `--`: a command
+    line, taken as it is). The function finds REF as options.ref, `-n N` as options.n, what
+    follows `--` as options.after; what isn't given is None.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.usage, self.sentence, *options, self.example = text.strip().split("\n\n")
+        words, self.runs, _ = self.usage.partition(" -- ")
+        self.name, *self.words = words.split()
+        self.options = "\n".join([*options, _SHARED])
+        self.flags = {}  # what stands for the value of each option, "" for a switch
+        for line in self.options.splitlines():
+            option, _, _ = line.strip().partition("  ")
+            flag, _, kind = option.partition(" ")
+            self.flags[flag] = kind
+
+    def __call__(self, act: Act) -> Act:
+        self.act = act
+        _COMMANDS[self.name] = self
+        _FLAGS.update(self.flags)
         return act
-
-    return register
 
 
 # what commands share: their words
@@ -3559,43 +3560,43 @@ def _command(
 def _parsed(words: list[str]) -> _Options:
     """What a command line says. By hand: with argparse a `get` takes a sixth longer, and
     learns what is wrong, but not what to do."""
-    end = words.index("--") if "--" in words else len(words)
-    plain, given = _taken_apart(words[:end])
-    name = plain[0] if plain else "help"
-    if name not in _COMMANDS or not plain:
-        for flag in given:  # whose value the name may be
-            if flag not in _FLAGS:
-                shared = _COMMANDS["help"].flags
-                advice = _nearest(flag, shared, "see `flowstore help`")
-                raise _UsageError(f"there is no option {flag}: {advice}")
-    if name not in _COMMANDS:
-        advice = _nearest(name, _COMMANDS, "`flowstore help` lists them")
-        raise _UsageError(f"there is no command {name!r}: {advice}")
-    options = _Options()
-    options.name = name
-    _set_flags(options, _COMMANDS[name], given)
+    options = _taken_apart(words)
+    options.name = options.words.pop(0) if options.words else "help"
+    command = _COMMANDS.get(options.name)
+    known = command.flags if command else _FLAGS
+    for flag in options.flags:
+        if flag not in known:
+            raise _UsageError(_no_option(options.name, flag, known))
+    if not command:
+        advice = _nearest(options.name, _COMMANDS, "`flowstore help` lists them")
+        raise _UsageError(f"there is no command {options.name!r}: {advice}")
+    for flag, text in options.flags.items():
+        setattr(options, flag.strip("-"), _value(flag, known[flag], text))
     if not options.help:
-        _set_words(options, _COMMANDS[name], plain[1:], words[end + 1 :])
+        _name_words(options, command)
     return options
 
 
-def _taken_apart(words: list[str]) -> tuple[list[str], dict[str, str | None]]:
-    """The plain words, and the options with the values that they have."""
-    plain: list[str] = []
-    given: dict[str, str | None] = {}
+def _taken_apart(words: list[str]) -> _Options:
+    """Its words, its options with the texts of their values, and what follows `--`."""
+    options = _Options()
     rest = iter(words)
     for word in rest:
-        if word[:1] != "-" or word == "-" or word[1].isdecimal():  # -5 is a word
-            plain.append(word)
-            continue
+        if word == "--":
+            break
+        if word == "-h":
+            word = "--help"
         flag, equals, value = word.partition("=")
-        if word[1] != "-" and word[:2] in _FLAGS:  # -n5
+        if word[:2] in _FLAGS:  # -n5
             flag, equals, value = word[:2], word[2:], word[2:]
-        found = value if equals else None
-        if _FLAGS.get(flag) and found is None:
-            found = next(rest, None)
-        given["--help" if flag == "-h" else flag] = found
-    return plain, given
+        if word[:1] != "-" or word == "-" or word[1].isdecimal():  # -5 is a word
+            options.words.append(word)
+        elif equals:
+            options.flags[flag] = value
+        else:
+            options.flags[flag] = next(rest, None) if _FLAGS.get(flag) else None
+    options.after = list(rest)
+    return options
 
 
 def _nearest(word: str, known: Iterable[str], otherwise: str) -> str:
@@ -3606,60 +3607,37 @@ def _nearest(word: str, known: Iterable[str], otherwise: str) -> str:
     return f"did you mean {near[0]}?" if near else otherwise
 
 
-def _set_flags(
-    options: _Options, command: _Command, given: dict[str, str | None]
-) -> None:
-    for flag, value in given.items():
-        what = command.flags.get(flag)
-        if what is None:
-            _refuse_flag(options.name, command, flag)
-        is_file = what in ("PATH", "FILE")
-        if what and (value is None or value.startswith("--") or (is_file and not value)):
-            raise _UsageError(f"{flag} takes a value: {flag} {what}")
-        if not what and value is not None:
-            raise _UsageError(f"{flag} takes no value")
-        found = value if value is None or is_file else _utf8(value)
-        setattr(options, flag.strip("-"), True if found is None else found)
-
-
-def _refuse_flag(name: str, command: _Command, flag: str) -> NoReturn:
-    advice = "leave it out"
-    if " -- " in command.usage:
+def _no_option(name: str, flag: str, known: Iterable[str]) -> str:
+    """What is wrong with an option, and what to do."""
+    command = _COMMANDS.get(name)
+    has, advice = f"{name} has", "leave it out"
+    if not command or name == "help":
+        has, advice = "there is", "see `flowstore help`"
+    elif command.runs:
         advice = "put -- before the command"
-    elif " " in command.usage:
+    elif command.words:
         advice = "put -- before a word with a dash"
     # what begins with a dash may be a value, and values may be secret
     named = "such option" if name == "set" else f"option {flag}"
-    raise _UsageError(f"{name} has no {named}: {_nearest(flag, command.flags, advice)}")
+    return f"{has} no {named}: {_nearest(flag, known, advice)}"
 
 
-def _set_words(
-    options: _Options, command: _Command, words: list[str], after: list[str]
-) -> None:
-    """Give the words of a command their names; refuse what is missing, or too much."""
-    names, runs, _ = command.usage.partition(" -- ")
-    name, *wanted = names.split()
-    if runs:
-        options.command = after
-    else:
-        words += after
-    for what, word in zip(wanted, words):
-        if what == "FILE" and not word:
-            raise _UsageError(f"{name} needs {what}: flowstore {command.usage}")
-        text = word if what == "FILE" else _utf8(word)
-        setattr(options, what.strip("[]").lower(), text)
-    for what in wanted[len(words) :]:
-        if what[0] != "[":
-            raise _UsageError(f"{name} needs {what}: flowstore {command.usage}")
-    if runs and not after:
-        advice = f"put -- before it, as in `{command.example}`"
-        raise _UsageError(f"{name} needs a command: {advice}")
-    if len(words) > len(wanted):
-        takes = f"no argument: leave {words[0]!r} out"
-        if wanted:  # the last of which may be a secret value
-            quoted = "it" if name == "set" else repr(" ".join(words))
-            takes = f"one {wanted[-1].strip('[]')}: quote {quoted}"
-        raise _UsageError(f"{name} takes {takes}")
+def _value(flag: str, kind: str, text: str | None) -> object:
+    """The value of an option; True for a switch."""
+    if not kind:
+        if text is None:
+            return True
+        raise _UsageError(f"{flag} takes no value")
+    is_file = kind in ("PATH", "FILE")
+    if text is None or text.startswith("--") or (is_file and not text):
+        raise _UsageError(f"{flag} takes a value: {flag} {kind}")
+    if is_file:
+        return text
+    read, meaning = _READ.get(kind, (_utf8, "a text"))
+    try:
+        return read(text)
+    except (ValueError, OverflowError, OSError):
+        raise _UsageError(f"{flag} takes {meaning}, not {text!r}") from None
 
 
 def _utf8(word: str) -> str:
@@ -3667,23 +3645,48 @@ def _utf8(word: str) -> str:
     return os.fsencode(word).decode("utf-8", "surrogateescape")
 
 
-def _number(option: str, text: str) -> int:
+def _number(text: str) -> int:
     if not text.isdecimal() or len(text) > 18:
-        raise _UsageError(f"{option} takes a number, 0 or more, not {text!r}")
+        raise ValueError
     return int(text)
 
 
-def _instant_of_age(option: str, text: str) -> datetime:
+def _instant_of_age(text: str) -> datetime:
     """The instant that an AGE means: so long ago, or a date or time, local by default."""
     units = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
     number, unit = text[:-1], units.get(text[-1:])
-    try:
-        if unit and number.isdecimal():
-            return _now() - timedelta(**{unit: int(number)})
-        return datetime.fromisoformat(text).astimezone(timezone.utc)
-    except (ValueError, OverflowError, OSError):
-        kinds = "an age or a time (30d, 12h, 2w, 90m, 2024-05-31 or 2024-05-31T18:30)"
-        raise _UsageError(f"{option} takes {kinds}, not {text!r}") from None
+    if unit and number.isdecimal():
+        return _now() - timedelta(**{unit: int(number)})
+    return datetime.fromisoformat(text).astimezone(timezone.utc)
+
+
+_AGE = "an age or a time (30d, 12h, 2w, 90m, 2024-05-31 or 2024-05-31T18:30)"
+# How an option's value is read, and what it has to be, by what stands for it.
+_READ: dict[str, tuple[Callable[[str], object], str]] = {
+    "N": (_number, "a number, 0 or more"),
+    "AGE": (_instant_of_age, _AGE),
+    "SECONDS": (lambda text: _seconds(float(text)), "a number of seconds, 0 or more"),
+}
+
+
+def _name_words(options: _Options, command: _Command) -> None:
+    """Give the words of a command their names; refuse what is missing, or too much."""
+    if command.runs and not options.after:
+        advice = f"put -- before it ({command.example})"
+        raise _UsageError(f"{command.name} needs a command: {advice}")
+    words = options.words if command.runs else options.words + options.after
+    for what, word in zip_longest(command.words, words):
+        if what is None and not command.words:
+            raise _UsageError(f"{command.name} takes no argument: leave {word!r} out")
+        if what is None:  # the last of them may be a secret value
+            quoted = "it" if command.name == "set" else repr(" ".join(words))
+            name = command.words[-1].strip("[]")
+            raise _UsageError(f"{command.name} takes one {name}: quote {quoted}")
+        if not word and what[0] != "[":
+            raise _UsageError(f"{command.name} needs {what}: flowstore {command.usage}")
+        if word is not None:
+            text = word if what == "FILE" else _utf8(word)
+            setattr(options, what.strip("[]").lower(), text)
 
 
 def _store(options: _Options) -> SQLiteDataStore | PostgresDataStore:
@@ -3698,7 +3701,7 @@ def _store(options: _Options) -> SQLiteDataStore | PostgresDataStore:
     return store
 
 
-def _is_missing(store: SQLiteDataStore | PostgresDataStore) -> bool:
+def _is_missing(store: _SQLStore) -> bool:
     return isinstance(store, SQLiteDataStore) and not os.path.lexists(store.path)
 
 
@@ -3706,22 +3709,26 @@ def _scope(options: _Options) -> str:
     return ROOT_BUCKET if getattr(options, "global") else _utf8(environment_bucket())
 
 
-def _reconciled(options: _Options) -> SQLiteDataStore | PostgresDataStore:
-    """The store, for a view of runs: those whose process is gone are marked as failed. An
-    ID that begins as one run's alone is made whole: history shows the first 8 characters."""
+def _reconciled(options: _Options) -> _SQLStore:
+    """The store, for a view of runs: those whose process is gone are marked as failed."""
     store = _store(options)
     with suppress(StoreError):  # what can't be written is shown as it is
         store.reconcile()
-    if options.id:
-        beginning = store._name("ID", options.id)
-        rows = store._fetch(_IDS, id=beginning, beyond=_beyond(beginning))
-        ids = [id for (id,) in rows]
-        if len(ids) > 1 and beginning not in ids:
-            raise _UsageError(
-                f"{len(ids)} runs begin with {beginning!r}: give more of it"
-            )
-        options.id = ids[0] if len(ids) == 1 else beginning
     return store
+
+
+def _whole_id(store: _SQLStore, beginning: str) -> str:
+    """The id of the run that alone begins so: history shows the first 8 characters."""
+    beginning = store._name("ID", beginning)
+    rows = store._fetch(_IDS, id=beginning, beyond=_beyond(beginning))
+    ids: list[str] = [id for (id,) in rows]
+    if not ids:
+        raise store._error(f"there is no run {beginning!r}", NotFoundError)
+    if beginning in ids:
+        return beginning
+    if len(ids) > 1:
+        raise _UsageError(f"{len(ids)} runs begin with {beginning!r}: give more of it")
+    return ids[0]
 
 
 # what commands share: output
@@ -3732,8 +3739,8 @@ def _answer(options: _Options, document: object, text: str, nothing: str = "") -
     if options.json:
         import json
 
-        text = json.dumps(document) + "\n"
-    if text:
+        _print(json.dumps(document) + "\n")
+    elif text:
         _print(text)
     else:
         _complain(nothing)
@@ -3763,31 +3770,26 @@ def _tell(text: str) -> None:
 
 
 def _shown(value: object) -> str:
-    """A value for a line: a time in the zone of who looks at it, a text without what moves
-    the cursor or reorders the line."""
+    """A value for a line: for people a time in their zone, a long duration by the clock;
+    a text without what moves the cursor or reorders the line."""
+    if value is None:
+        return ""
     if isinstance(value, datetime):
-        return _shown_time(value)
+        if not os.isatty(1):
+            return _instant("time", value)
+        with suppress(OverflowError, OSError, ValueError):  # at the ends of the calendar
+            value = value.astimezone()
+        return value.isoformat(" ")[:19]
+    if isinstance(value, timedelta):
+        seconds = value.total_seconds()
+        if os.isatty(1) and seconds >= 60:
+            return str(timedelta(seconds=int(seconds)))
+        return f"{seconds:.3f}"
     harmless = "\u200c\u200d\u3000"  # of Persian, emoji and Chinese
     return "".join(
         each if each.isprintable() or each in harmless else ascii(each)[1:-1]
         for each in _noted(str(value))
     )
-
-
-def _shown_time(moment: datetime) -> str:
-    if not os.isatty(1):
-        return _instant("time", moment)
-    with suppress(OverflowError, OSError, ValueError):  # at the ends of the calendar
-        moment = moment.astimezone()
-    return moment.isoformat(" ")[:19]
-
-
-def _shown_span(span: timedelta) -> str:
-    """A duration: in seconds, and of a minute or longer, for people, by the clock."""
-    seconds = span.total_seconds()
-    if os.isatty(1) and seconds >= 60:
-        return str(timedelta(seconds=int(seconds)))
-    return f"{seconds:.3f}"
 
 
 def _table(header: str, rows: Iterable[Row]) -> str:
@@ -3798,10 +3800,11 @@ def _table(header: str, rows: Iterable[Row]) -> str:
         return "".join("\t".join(row) + "\n" for row in cells)
     if header:
         cells.insert(0, header.split(" "))
-    free = (os.get_terminal_size(1).columns or 80) - 2 * (len(cells[0]) - 1)
-    free = max(free, 1)  # of a terminal that is narrower than the gaps
-    widths = [min(free, max(map(_width, column))) for column in zip(*cells)]
-    while sum(widths) > free and max(widths) > 1:
+    columns = [*zip(*cells)]
+    free = (os.get_terminal_size(1).columns or 80) - 2 * (len(columns) - 1)
+    free = max(free, len(columns))  # of a terminal that is narrower
+    widths = [min(free, max(map(_width, column))) for column in columns]
+    for _ in range(sum(widths) - free):
         widths[widths.index(max(widths))] -= 1
     lines = ["  ".join(map(_fitted, row, widths)).rstrip() for row in cells]
     return "\n".join(lines) + "\n"
@@ -3835,12 +3838,15 @@ def _fitted(text: str, width: int) -> str:
 # the commands: variables
 
 
-@_command(
-    "set KEY [VALUE]",
-    "Set a variable, without VALUE to what standard input has.",
-    _GLOBAL,
-    "flowstore set VERSION 1.4.2",
-)
+@_Command("""
+set KEY [VALUE]
+
+Set a variable, without VALUE to what standard input has.
+
+  --global           in the scope root, which all others fall back to
+
+example: flowstore set VERSION 1.4.2
+""")
 def _do_set(options: _Options) -> None:
     value = options.value
     if value is None:
@@ -3851,43 +3857,58 @@ def _do_set(options: _Options) -> None:
     _store(options).set_process_var(_scope(options), options.key, value)
 
 
-@_command(
-    "get KEY",
-    "Print a variable of the current scope, else of root.",
-    _GLOBAL,
-    "flowstore get VERSION",
-)
+@_Command("""
+get KEY
+
+Print a variable of the current scope, else of root.
+
+  --global           in the scope root, which all others fall back to
+
+example: flowstore get VERSION
+""")
 def _do_get(options: _Options) -> None:
     value = _store(options).get_process_var(_scope(options), options.key)
     _answer(options, value, f"{value}\n")
 
 
-@_command(
-    "list",
-    "List the variables of the current scope and of root.",
-    _GLOBAL,
-    "flowstore list --json",
-)
+@_Command("""
+list
+
+List the variables of the current scope and of root.
+
+  --global           in the scope root, which all others fall back to
+
+example: flowstore list --json
+""")
 def _do_list(options: _Options) -> None:
     found = _store(options).get_all_process_vars(_scope(options))
     _answer(options, found, _table("KEY VALUE", found.items()), "there are no variables")
 
 
-@_command(
-    "remove KEY",
-    "Remove a variable of the current scope.",
-    _GLOBAL,
-    "flowstore remove VERSION",
-)
+@_Command("""
+remove KEY
+
+Remove a variable of the current scope.
+
+  --global           in the scope root, which all others fall back to
+
+example: flowstore remove VERSION
+""")
 def _do_remove(options: _Options) -> None:
     store = _store(options)
     if not _is_missing(store):
         store.delete_process_var(_scope(options), options.key)
 
 
-@_command(
-    "clear", "Empty the current scope.", _GLOBAL, "flowstore --store build.db clear"
-)
+@_Command("""
+clear
+
+Empty the current scope.
+
+  --global           in the scope root, which all others fall back to
+
+example: flowstore --store build.db clear
+""")
 def _do_clear(options: _Options) -> None:
     store = _store(options)
     if not _is_missing(store):
@@ -3899,22 +3920,23 @@ def _do_clear(options: _Options) -> None:
 _MARKS = {"completed": ("✓", 32), "failed": ("✗", 31), "running": ("●", 33)}
 
 
-@_command(
-    "history [REF]",
-    "Show the newest runs of a ref, or of all refs, newest first.",
-    {
-        "-n N": "that many, 0 for all (20)",
-        "--status STATUS": "only those that are completed, failed or running",
-        "--since AGE": "only from 30d, 12h, 2w, 90m ago on, or from a date or time",
-    },
-    "flowstore history build --status failed --since 2d",
-)
+@_Command("""
+history [REF]
+
+Show the newest runs of a ref, or of all refs, newest first.
+
+  -n N               that many, 0 for all (20)
+  --status STATUS    only those that are completed, failed or running
+  --since AGE        only from 30d, 12h, 2w, 90m ago on, or from a date or time
+
+example: flowstore history build --status failed --since 2d
+""")
 def _do_history(options: _Options) -> None:
     records = _reconciled(options).get_recent_executions(
-        20 if options.n is None else _number("-n", options.n),
+        20 if options.n is None else options.n,
         ref=options.ref,
         status=options.status,
-        since=options.since and _instant_of_age("--since", options.since),
+        since=options.since,
     )
     records.reverse()
     text = _table(" STARTED REF TOOK EXIT ID NOTE", map(_history_row, records))
@@ -3934,10 +3956,10 @@ def _history_row(record: ExecutionRecord) -> Row:
     if os.isatty(1):
         status = _MARKS.get(status, status)[0]
     took = _now() - record.started_at if running else record.duration
-    exit_code = "" if running else record.exit_code
+    exit_code = None if running else record.exit_code
     note = record.error or record.label or record.command
-    span, id = _shown_span(took), _shown_id(record.id)
-    return status, record.started_at, record.ref, span, exit_code, id, note
+    id = _shown_id(record.id)
+    return status, record.started_at, record.ref, took, exit_code, id, note
 
 
 def _shown_id(id: str) -> str:
@@ -3958,45 +3980,53 @@ def _durations(records: list[ExecutionRecord]) -> Iterator[Row]:
             yield ref, "".join("▁▂▃▄▅▆▇█"[int(seconds * scale)] for seconds in shown)
 
 
-@_command("forget REF", "Delete all records of a ref.", {}, "flowstore forget build")
+@_Command("""
+forget REF
+
+Delete all records of a ref.
+
+example: flowstore forget build
+""")
 def _do_forget(options: _Options) -> None:
     store = _store(options)
     if not _is_missing(store):
         store.delete_execution_history(options.ref)
 
 
-@_command(
-    "prune",
-    "Delete old runs, of each ref all that isn't to be kept.",
-    {
-        "--keep N": "keep the newest N of each ref",
-        "--before AGE": "delete what began before 30d, 12h, 2w, 90m ago, or a date or time",
-    },
-    "flowstore prune --keep 50 --before 30d",
-)
+@_Command("""
+prune
+
+Delete old runs, of each ref all that isn't to be kept.
+
+  --keep N           keep the newest N of each ref
+  --before AGE       delete what began before 30d, 12h, 2w, 90m ago, or a date or time
+
+example: flowstore prune --keep 50 --before 30d
+""")
 def _do_prune(options: _Options) -> None:
-    if not (options.keep or options.before):
+    if options.keep is None and options.before is None:
         raise _UsageError("prune needs --keep N, --before AGE, or both")
-    keep = options.keep and _number("--keep", options.keep)
-    before = options.before and _instant_of_age("--before", options.before)
     store = _store(options)
-    pruned = PruneSummary() if _is_missing(store) else store.prune(keep, before)
-    _answer(options, pruned._asdict(), _table("", pruned._asdict().items()))
+    missing = _is_missing(store)
+    pruned = PruneSummary() if missing else store.prune(options.keep, options.before)
+    counts = pruned._asdict()
+    _answer(options, counts, _table("", counts.items()))
 
 
 # the commands: the store
 
 
-@_command(
-    "import FILE",
-    "Add what another store has, or a file of the original.",
-    {},
-    "flowstore import ~/.cache/flow/store.db",
-)
+@_Command("""
+import FILE
+
+Add what another store has, or a file of the original.
+
+example: flowstore import ~/.cache/flow/store.db
+""")
 def _do_import(options: _Options) -> int:
     source, target = _store_at(options.file, _ExistingStore), _store(options)
     if _is_missing(source):
-        raise _error(StoreError, source.path, "there is no such file")
+        raise source._error("there is no such file")
 
     def progress(entries: int) -> None:
         _progress(f"{entries:,} entries")
@@ -4004,27 +4034,26 @@ def _do_import(options: _Options) -> int:
     try:
         summary = _copy_store(source, target, progress)
     except CorruptStoreError as error:
-        if not error.__cause__ or _code(error.__cause__) != sqlite3.SQLITE_NOTADB:
+        if _code(error.__cause__ or error) != sqlite3.SQLITE_NOTADB:
             raise
         summary = _import_bolt(source.path, target, progress)
     _progress("")
-    found = summary._asdict()
-    found["problems"] = [
-        {"bucket": bucket, "key": key, "reason": reason}
-        for bucket, key, reason in summary.problems
-    ]
-    _answer(options, found, _table("", [*found.items()][:-1]))
-    for problem in summary.problems:
+    counts = summary._asdict()
+    problems = counts.pop("problems")
+    named = [dict(zip(("bucket", "key", "reason"), problem)) for problem in problems]
+    _answer(options, {**counts, "problems": named}, _table("", counts.items()))
+    for problem in problems:
         _complain(f"not brought over: {' '.join(problem)}")
-    return 1 if summary.problems else 0
+    return 1 if problems else 0
 
 
-@_command(
-    "migrate",
-    "Move tables of the flat layout to where scopes are now.",
-    {},
-    "flowstore --store build.db migrate",
-)
+@_Command("""
+migrate
+
+Move tables of the flat layout to where scopes are now.
+
+example: flowstore --store build.db migrate
+""")
 def _do_migrate(options: _Options) -> None:
     store = _file_store(options, "migrate a file, and `flowstore import` it here")
     moved = migrate_process_buckets(store.path)
@@ -4034,16 +4063,17 @@ def _do_migrate(options: _Options) -> None:
 def _file_store(options: _Options, instead: str) -> SQLiteDataStore:
     store = _store(options)
     if not isinstance(store, SQLiteDataStore):
-        raise _error(StoreError, store.path, instead)
+        raise store._error(instead)
     return store
 
 
-@_command(
-    "backup FILE",
-    "Copy the store to a new file, while others use it.",
-    {},
-    "flowstore backup flowstore-monday.db",
-)
+@_Command("""
+backup FILE
+
+Copy the store to a new file, while others use it.
+
+example: flowstore backup flowstore-monday.db
+""")
 def _do_backup(options: _Options) -> None:
     def progress(status: int, remaining: int, total: int) -> None:
         _progress(f"{100 - 100 * remaining // max(total, 1)} %")
@@ -4053,26 +4083,39 @@ def _do_backup(options: _Options) -> None:
     _progress("")
 
 
-@_command(
-    "check", "Verify the store, and say what is in it.", {}, "flowstore check --json"
-)
+@_Command("""
+check
+
+Verify the store, and say what is in it.
+
+example: flowstore check --json
+""")
 def _do_check(options: _Options) -> None:
     report = _store(options)._report()
     _answer(options, report, _table("", report.items()))
 
 
-@_command("path", "Print where the store is.", {}, "flowstore path")
+@_Command("""
+path
+
+Print where the store is.
+
+example: flowstore path
+""")
 def _do_path(options: _Options) -> None:
     path = _store(options).path
     _answer(options, path, f"{path}\n")
 
 
-@_command(
-    "destroy",
-    "Remove the store with all that is in it.",
-    {"--yes": "without asking"},
-    "flowstore --store build.db destroy --yes",
-)
+@_Command("""
+destroy
+
+Remove the store with all that is in it.
+
+  --yes              without asking
+
+example: flowstore --store build.db destroy --yes
+""")
 def _do_destroy(options: _Options) -> int:
     store = _store(options)
     if not options.yes:
@@ -4086,28 +4129,29 @@ def _do_destroy(options: _Options) -> int:
     return 0
 
 
-@_command(
-    "help [COMMAND]", "Explain a command, or list them.", {}, "flowstore help history"
-)
+@_Command("""
+help [COMMAND]
+
+Explain a command, or list them.
+
+example: flowstore help history
+""")
 def _do_help(options: _Options) -> None:
     main([options.command or "help", "--help"])
 
 
 def _help(name: str) -> str:
     command = _COMMANDS[name]
-    usage, entries = command.usage, command.help
+    usage, options = command.usage, command.options
     if name == "help":
-        commands = {each.usage: each.sentence for each in _COMMANDS.values()}
-        usage, entries = "COMMAND …", {**commands, **entries}
-    width = max(map(len, entries))
-    lines = [f"  {entry:{width}}  {meaning}" for entry, meaning in entries.items()]
-    head = [f"usage: flowstore {usage}", "", command.sentence, ""]
-    return "\n".join([*head, *lines, "", f"example: {command.example}", ""])
+        lines = [f"  {each.usage:22}  {each.sentence}" for each in _COMMANDS.values()]
+        usage, options = "COMMAND …", "\n".join([*lines, "", options])
+    head = f"usage: flowstore {usage}\n\n{command.sentence}"
+    return f"{head}\n\n{options}\n\n{command.example}\n"
 
 
 # ---- the command line: runs ----
 
-_PASSED_ON = ("INT", "TERM", "QUIT", "USR1", "USR2", "ALRM", "ABRT", "WINCH", "HUP")
 _KERNEL = (0x80, 0x10006)  # SI_KERNEL of sigaction(2), in Linux and in FreeBSD
 
 
@@ -4128,18 +4172,29 @@ class _Signals:
     def __enter__(self) -> _Signals:
         import signal
 
-        self.passed_on = {getattr(signal, f"SIG{name}") for name in _PASSED_ON}
-        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self.typed = {signal.SIGINT, signal.SIGQUIT, signal.SIGWINCH}  # by a terminal
+        self.passed_on = self.typed | {
+            signal.SIGTERM,
+            signal.SIGUSR1,
+            signal.SIGUSR2,
+            signal.SIGALRM,
+            signal.SIGABRT,
+            signal.SIGHUP,
+        }
+        self.awaited = {*self.passed_on, signal.SIGCHLD}
         self.ignores_children = signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
         if self.ignores_children:  # then the system keeps no exit status
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {*self.passed_on, signal.SIGCHLD})
+        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.awaited)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.fetch_pending()  # too late to be passed on
+        self.restore()
+
+    def restore(self) -> None:
         import signal
 
-        self.fetch_pending()  # too late to be passed on
         if self.ignores_children:
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
@@ -4152,9 +4207,26 @@ class _Signals:
             signal.sigwait({number})
         return pending
 
+    def call(self, command: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
+        """Run a command to its end: its exit status, -n where signal n ended it, and what
+        has kept it from starting."""
+        import errno
+
+        try:
+            child = self.start(command, _as_started(environment))
+        except OSError as error:
+            reason = f"{command[0]}: {error.strerror}"
+            _complain(reason)
+            return (127 if error.errno == errno.ENOENT else 126), _noted(reason)
+        while True:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status), ""
+            with suppress(OSError):  # it is another user's by now
+                self.pass_on(child)
+
     def start(self, command: list[str], environment: dict[str, str]) -> int:
         """Start a command; its pid. OSError where it can't be started."""
-        program = _program(command[0], environment)
         ready, tell_ready = os.pipe()
         failure, tell_failure = os.pipe()
         child = os.fork()
@@ -4162,9 +4234,9 @@ class _Signals:
             try:
                 os.close(tell_ready)
                 if os.read(ready, 1):  # else the parent has been killed
-                    self.become(program, command, environment)
+                    self.become(command, environment)
             except OSError as error:
-                os.write(tell_failure, str(error.errno).encode())
+                os.write(tell_failure, bytes([error.errno or 0]))
             finally:
                 os._exit(126)
         if self.detached:
@@ -4175,19 +4247,18 @@ class _Signals:
         os.write(tell_ready, b"!")
         for descriptor in (ready, tell_ready, tell_failure):
             os.close(descriptor)
-        errno = os.read(failure, 100)  # nothing, once the program has taken over
+        failed = os.read(failure, 1)  # nothing, once the program has taken over
         os.close(failure)
-        if errno:
+        if failed:
             os.waitpid(child, 0)
-            raise OSError(int(errno), os.strerror(int(errno)))
+            raise OSError(failed[0], os.strerror(failed[0]))
         if self.detached:
             os.closerange(3, max(os.sysconf("SC_OPEN_MAX"), 4096))
         return child
 
-    def become(
-        self, program: str, command: list[str], environment: dict[str, str]
-    ) -> None:
-        """In the child: become the command, with all signals as this process found them."""
+    def become(self, command: list[str], environment: dict[str, str]) -> None:
+        """In the child: become the command, with all signals as this process found them.
+        OSError where it can't."""
         import errno
         import signal
 
@@ -4195,104 +4266,66 @@ class _Signals:
         for number in signal.valid_signals():
             if number in hidden or callable(signal.getsignal(number)):
                 signal.signal(number, signal.SIG_DFL)
-        if self.ignores_children:
-            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
-        try:
-            os.execve(program, command, environment)
-        except OSError as error:
-            if error.errno != errno.ENOEXEC:
-                raise
-        os.execve("/bin/sh", ["/bin/sh", program, *command[1:]], environment)
-
-    def wait(self, child: int) -> int:
-        """Wait for a command's end: its exit status, or -n where signal n ended it."""
-        while True:
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                return os.waitstatus_to_exitcode(status)
+        self.restore()
+        failure = errno.ENOENT
+        for program in _programs(command[0], environment):
             try:
-                self.pass_on(child)
-            except OSError:
-                pass  # it is another user's by now
+                os.execve(program, command, environment)
+            except OSError as error:
+                failure = error.errno or 0
+            if failure == errno.ENOEXEC:  # a script without #!
+                os.execve("/bin/sh", ["/bin/sh", program, *command[1:]], environment)
+            if failure != errno.EACCES:
+                break
+        raise OSError(failure, "")
 
     def pass_on(self, child: int) -> None:
         """Wait for a signal, and send it to the command unless it has it already."""
         import signal
 
-        awaited = {*self.passed_on, signal.SIGCHLD}
         if hasattr(signal, "sigtimedwait"):
             # not for ever: another thread of the program may have got the SIGCHLD
-            found = signal.sigtimedwait(awaited, 1)
+            found = signal.sigtimedwait(self.awaited, 1)
             if not found:
                 return
             number, by_kernel = found.si_signo, found.si_code in _KERNEL
         else:  # macOS doesn't tell
-            number, by_kernel = signal.sigwait(awaited), True
-        typed = by_kernel and number in (signal.SIGINT, signal.SIGQUIT, signal.SIGWINCH)
-        apart = os.getpgid(child) != os.getpgrp()
-        if number == signal.SIGCHLD or (typed and not apart):
+            number, by_kernel = signal.sigwait(self.awaited), True
+        shared = os.getpgid(child) == os.getpgrp()
+        if number == signal.SIGCHLD or (by_kernel and shared and number in self.typed):
             return
-        target = -child if self.detached else child  # all of its group
-        os.kill(target, number)
-        if self.detached and number == signal.SIGTERM:
-            os.kill(target, signal.SIGCONT)  # what is stopped would not end
+        if not self.detached:
+            os.kill(child, number)
+            return
+        os.killpg(child, number)
+        if number == signal.SIGTERM:
+            os.killpg(child, signal.SIGCONT)  # what is stopped would not end
 
 
-def _program(word: str, environment: dict[str, str]) -> str:
-    """The file that a command's first word means: in PATH the first that can be executed."""
-    import errno
-
+def _programs(word: str, environment: dict[str, str]) -> list[str]:
+    """The files that a command's first word may mean: the first that is executable."""
     if "/" in word:
-        return word
+        return [word]
     folders = environment.get("PATH", os.defpath).split(os.pathsep)
     paths = [os.path.join(folder, word) for folder in folders]
-    files = [path for path in paths if os.path.isfile(path)]
-    for path in files:
-        if os.access(path, os.X_OK):
-            return path
-    reason = errno.EACCES if files else errno.ENOENT
-    raise OSError(reason, os.strerror(reason))
+    return [path for path in paths if os.path.isfile(path)]
 
 
 def _as_started(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment with the LC_CTYPE that this interpreter was started with: it sets that
     for itself and for its children (PEP 538)."""
-    kept = {**environment}
-    kept.pop("", "")  # of a nameless `=x`, which execve() of Python refuses
-    try:
-        with open("/proc/self/environ", "rb") as file:
-            started = file.read().split(b"\0")
-    except OSError:
-        return kept
-    kept.pop("LC_CTYPE", "")
-    for variable in started:
-        if variable.startswith(b"LC_CTYPE="):
-            kept["LC_CTYPE"] = os.fsdecode(variable[9:])
+    # without the nameless variable of `=x`, which execve() of Python refuses
+    kept = {name: value for name, value in environment.items() if name}
+    with suppress(OSError), open("/proc/self/environ", "rb") as file:
+        started = file.read().split(b"\0")
+        kept.pop("LC_CTYPE", "")
+        for variable in started:
+            if variable.startswith(b"LC_CTYPE="):
+                kept["LC_CTYPE"] = os.fsdecode(variable[9:])
     return kept
 
 
-def _call(
-    signals: _Signals | None, command: list[str], variables: Mapping[str, str]
-) -> tuple[int, str]:
-    """Run a command to its end: its exit status, -n where signal n ended it, and what has
-    kept it from starting."""
-    import errno
-
-    environment = _as_started(variables)
-    try:
-        if signals:
-            return signals.wait(signals.start(command, environment)), ""
-        import subprocess
-
-        return subprocess.call(command, env=environment, close_fds=False), ""
-    except OSError as error:
-        reason = f"{command[0]}: {error.strerror}"
-        _complain(reason)
-        return (127 if error.errno == errno.ENOENT else 126), _noted(reason)
-
-
-def _new_run(options: Any, store: SQLiteDataStore | PostgresDataStore) -> Execution:
+def _new_run(options: _Options, store: _SQLStore) -> Execution:
     import shlex
 
     return store._new_run(
@@ -4300,25 +4333,26 @@ def _new_run(options: Any, store: SQLiteDataStore | PostgresDataStore) -> Execut
         None,
         environment_bucket() if options.join else None,
         label=options.label or "",
-        command=_noted(shlex.join(options.command)),
+        command=_noted(shlex.join(options.after)),
         source=_noted(run_env_value(RUN_SOURCE_ENV)) or RUN_SOURCE_CLI,
     )
 
 
-@_command(
-    "run REF -- COMMAND ...",
-    "Run a command in a scope of its own, and record it.",
-    {
-        "--label TEXT": "a name for people",
-        "--join": "share the scope that it is started in, which stays",
-        "--background": "return at once, and print the id for `stop` and `show`",
-        "--log FILE": "with --background: append what the command prints to FILE",
-    },
-    "flowstore run 'build app' -- make -j4",
-)
-def _do_run(options: Any) -> int:
-    from contextlib import nullcontext
+@_Command("""
+run REF -- COMMAND ...
 
+Run a command in a scope of its own, and record it.
+
+  --label TEXT       a name for people
+  --join             share the scope that it is started in, which stays
+  --background       return at once, and print the id for `stop` and `show`
+  --log FILE         with --background: append what the command prints to FILE
+
+example: flowstore run 'build app' -- make -j4
+""")
+def _do_run(options: _Options) -> int:
+    if not hasattr(os, "fork"):
+        raise _UsageError("run needs a POSIX system")
     if options.log and not options.background:
         raise _UsageError("run --log FILE needs --background: else redirect by > FILE")
     null = os.open(os.devnull, os.O_RDWR)
@@ -4326,23 +4360,21 @@ def _do_run(options: Any) -> int:
         null = os.open(os.devnull, os.O_RDWR)
     os.close(null)
     if options.background:
-        _run_detached(options)
-        return 0
-    run = None
+        return _run_detached(options)
     try:
         store = _store(options)
     except (StoreError, ValueError) as failure:
         _complain(f"{failure}; the command runs, and is not recorded")
-    else:
-        run = _new_run(options, store)
-    with _Signals() if hasattr(os, "fork") else nullcontext() as signals:
+        with _Signals() as signals:
+            exit_code, _ = signals.call(options.after, os.environ)
+        return _status_of(exit_code)
+    run = _new_run(options, store)
+    with _Signals() as signals:
         anyway = "the command runs, and is recorded at its end if it can be"
-        started = run and _is_done(run._start, anyway)
-        environment = run.env if run else os.environ
-        exit_code, error = _call(signals, options.command, environment)
-        if run:
-            run.exit_code, run.error = exit_code, error
-            _is_done(run._finish, "the run's end is not recorded" if started else "")
+        started = _is_done(run._start, anyway)
+        exit_code, run.error = signals.call(options.after, run.env)
+        run.exit_code = exit_code
+        _is_done(run._finish, "the run's end is not recorded" if started else "")
     return _status_of(exit_code)
 
 
@@ -4367,91 +4399,97 @@ def _status_of(exit_code: int) -> int:
     if exit_code == -signal.SIGINT:
         handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         signal.signal(signal.SIGINT, handler)  # process 1 still lives
     return 128 - exit_code
 
 
-def _run_detached(options: Any) -> None:
-    if not hasattr(os, "fork"):
-        raise _UsageError("run --background needs a POSIX system")
+def _run_detached(options: _Options) -> int:
+    """Leave a run to a process of its own; print its id once that has recorded it."""
     run = _new_run(options, _store(options))
+    run._background = True
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    output = os.open(options.log or os.devnull, flags, 0o600)
     answer, tell = os.pipe()
     if os.fork() == 0:
         try:
             os.setsid()
-            _watch(run, options, tell)
+            _watch(run, options.after, output, tell)
         finally:
             os._exit(0)  # a program that has called main() must not go on here
+    os.close(output)
     os.close(tell)
     with open(answer, encoding="utf-8") as stream:
         told = stream.read()
     if told != run.id:
         raise StoreError(told or "the run was ended before it was recorded")
     _answer(options, {"id": run.id}, f"{run.id}\n")
+    return 0
 
 
-def _watch(run: Execution, options: Any, tell: int) -> None:
-    """In a process of its own: record a run, tell its id or the reason why not, run it."""
-    run._background = True
-    run._record = run._record._replace(pid=os.getpid())
+def _watch(run: Execution, command: list[str], output: int, tell: int) -> None:
+    """Record a run as one of this process, tell its id or why not, and run its command."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     with _Signals(detached=True) as signals:
+        run._record = run._record._replace(pid=os.getpid())
         try:
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            output = os.open(options.log or os.devnull, flags, 0o600)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
             run._start()
-            os.write(tell, run.id.encode())
         except Exception as error:
             os.write(tell, str(error).encode("utf-8", "backslashreplace"))
             return
+        os.write(tell, run.id.encode())
         os.close(tell)
-        run.exit_code, run.error = _call(signals, options.command, run.env)
+        run.exit_code, run.error = signals.call(command, run.env)
         _is_done(run._finish, "the run's end is not recorded")
 
 
-@_command("background", "List the background runs.", {}, "flowstore background")
-def _do_background(options: Any) -> None:
+@_Command("""
+background
+
+List the background runs.
+
+example: flowstore background
+""")
+def _do_background(options: _Options) -> None:
     runs = _reconciled(options).list_background_runs()
     text = _table("STATUS STARTED REF TOOK PID ID ERROR", map(_background_row, runs))
     nothing = "there are no background runs: `flowstore run --background` starts one"
-    _answer(options, [run.to_dict() for run in runs], text if runs else "", nothing)
+    _answer(options, [run.to_dict() for run in runs], text, nothing)
 
 
 def _background_row(run: BackgroundRun) -> Row:
     end = _now() if run.status == RunStatus.RUNNING else run.completed_at
-    took = _shown_span(end - run.started_at) if end else ""
+    took = end - run.started_at if end else None
     id = _shown_id(run.id)
     return run.status, run.started_at, run.ref, took, run.pid, id, run.error
 
 
-@_command(
-    "stop ID",
-    "End a background run: SIGTERM goes to all of its processes.",
-    {"--timeout SECONDS": "wait so long for its end, instead of 10"},
-    "flowstore stop 0b6a7b1e-6a4f-4f0e-9d53-1d3ac6a4c2a5",
-)
-def _do_stop(options: Any) -> None:
-    try:
-        timeout = _seconds(float(options.timeout or 10))
-    except ValueError:
-        raise _UsageError("--timeout must be a number of seconds, 0 or more") from None
+@_Command("""
+stop ID
+
+End a background run: SIGTERM goes to all of its processes.
+
+  --timeout SECONDS  wait so long for its end, instead of 10
+
+example: flowstore stop 0b6a7b1e-6a4f-4f0e-9d53-1d3ac6a4c2a5
+""")
+def _do_stop(options: _Options) -> None:
     store = _reconciled(options)
-    owners = {id: (pid, owner) for _, id, pid, owner, _ in store._fetch(_RUNNING)}
-    if options.id not in owners:
-        status = store.get_background_run(options.id).status
-        raise StoreError(f"the run {options.id} isn't running: its status is {status!r}")
-    pid, owner = owners[options.id]
-    _terminate(options.id, pid, owner)
+    id = _whole_id(store, options.id)
+    running = {id: (pid, owner) for _, id, pid, owner, _ in store._fetch(_RUNNING)}
+    if id not in running:
+        status = store.get_background_run(id).status
+        raise StoreError(f"the run {id} isn't running: its status is {status!r}")
+    pid, owner = running[id]
+    _terminate(id, pid, owner)
+    timeout = 10 if options.timeout is None else options.timeout
     deadline = time.monotonic() + timeout
     while _owner_note(pid) == owner:
         if time.monotonic() > deadline:
-            reason = (
-                f"was told to end, and still lives: kill what runs below process {pid}"
-            )
-            raise StoreError(f"the run {options.id} {reason}")
+            advice = f"kill what runs below process {pid}"
+            raise StoreError(f"the run {id} was told to end, and still lives: {advice}")
         time.sleep(0.01)
     _reconciled(options)  # one that could not record its own end
 
@@ -4461,47 +4499,41 @@ def _terminate(id: str, pid: int, owner: str) -> None:
     taken hold of before it is compared, where the system can."""
     import signal
 
+    send: Callable[[int, int], None] = os.kill
     try:
-        process = os.pidfd_open(pid)
+        process, send = os.pidfd_open(pid), signal.pidfd_send_signal
     except (AttributeError, OSError, OverflowError):
-        process = None
+        process = pid
     try:
         if not owner or _owner_note(pid) != owner:
             reason = (
                 f"process {pid} isn't known to be one of this machine and pid namespace"
             )
             raise StoreError(f"the run {id} can't be stopped from here: {reason}")
-        for number in (signal.SIGTERM, signal.SIGCONT):
-            if process is None:
-                os.kill(pid, number)
-            else:
-                signal.pidfd_send_signal(process, number)
+        send(process, signal.SIGTERM)
+        send(process, signal.SIGCONT)
     except ProcessLookupError:
         pass  # it has just ended
     finally:
-        if process is not None:
+        if send != os.kill:
             os.close(process)
 
 
-@_command(
-    "show ID",
-    "Show all fields of a run, or of a background run.",
-    {},
-    "flowstore show 0b6a7b1e-6a4f-4f0e-9d53-1d3ac6a4c2a5",
-)
-def _do_show(options: Any) -> None:
+@_Command("""
+show ID
+
+Show all fields of a run, or of a background run.
+
+example: flowstore show 0b6a7b1e-6a4f-4f0e-9d53-1d3ac6a4c2a5
+""")
+def _do_show(options: _Options) -> None:
     store = _reconciled(options)
-    id = store._name("ID", options.id)
+    id = _whole_id(store, options.id)
     executions = store._made(_execution, store._fetch(_RECORD_BY_ID, id=id))
-    run = executions[0] if executions else store.get_background_runs([id]).get(id)
-    if not run:
-        raise _error(NotFoundError, store.path, f"there is no run {id!r}")
+    run = executions[0] if executions else store.get_background_run(id)
     fields = run._asdict()
-    fields["completed_at"] = run.completed_at or ""
     if run.status == RunStatus.RUNNING and executions:
-        fields.update(duration=_now() - run.started_at, exit_code="")
-    if executions:
-        fields["duration"] = _shown_span(fields["duration"])
+        fields.update(duration=_now() - run.started_at, exit_code=None)
     _answer(options, run.to_dict(), _table("", fields.items()))
 
 
@@ -4524,15 +4556,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         status = 130
     except BrokenPipeError:  # who reads it has seen enough
         status = 1
-    except StoreError as error:
-        status = 1
+    except (StoreError, ValueError) as error:
+        status = 1 if isinstance(error, StoreError) else 2
         _complain(str(error))
     except OSError as error:
         status = 1
         _complain(f"{error.filename or 'standard output'}: {error.strerror}")
-    except (_UsageError, ValueError) as error:
-        status = 2
-        _complain(str(error))
     sys.exit(status)
 
 
