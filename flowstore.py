@@ -34,7 +34,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import zip_longest
 
 __version__ = "1.0.0"
@@ -177,6 +177,26 @@ class CorruptStoreError(StoreError):
 
 def _error(kind: type[StoreError], path: str, reason: str) -> StoreError:
     return kind(f"{path}: {reason}", path)
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether an exception was raised by this module's own call: what a signal's handler
+    raises in the middle of it has the handler as the last frame of its traceback."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    frames = globals(), vars(os.path)  # whose functions only do this module's calls
+    return trace is not None and any(trace.tb_frame.f_globals is each for each in frames)
+
+
+@contextmanager
+def _overlooked() -> Iterator[None]:
+    """Go on where the system refuses something; what a signal's handler raises passes."""
+    try:
+        yield
+    except OSError as error:
+        if not _is_own(error):
+            raise
 
 
 # ---- records ----
@@ -689,7 +709,6 @@ class DataStore(ABC):
 _APPLICATION_ID = 0x464C5753  # "FLWS"
 _VERSION = 2
 _PAGE = 100  # rows of a whole table in memory at once: values may be large
-_SHORT = 300  # characters of a name that is within the limit of every engine
 _BATCH = 500  # names in one statement, rows in one step: SQLite before 3.32 takes 999
 
 # Each table and index as SQLite has it; PostgreSQL's types stand in for these words there.
@@ -747,8 +766,9 @@ _INSERT_RECORD = f"""
     VALUES (:{_FIELDS.replace(", ", ", :")}, :owner, '')
     ON CONFLICT (ref, id) WHERE id <> ''"""
 _RECORD = f"{_INSERT_RECORD} DO UPDATE SET {_NEW_FIELDS}, owner = excluded.owner"
-# A record without an id is the same as another where all that they say agrees. The n-th such
-# one is added where fewer than n are there.
+# So that importing twice is importing once for records without an id, too: two are the same
+# where all that they say agrees, and the n-th such one is added where fewer than n are there.
+# {0} stands for what the other is: the columns of a row, or a statement's parameters.
 _SAME = " AND ".join(
     f"COALESCE(twin.{field}, '') = COALESCE({{0}}{field}, '')"
     if field == "completed_at"
@@ -841,7 +861,7 @@ _VARS = """
 _DELETE_VAR = "DELETE FROM process_vars WHERE bucket = :bucket AND key = :key"
 _DELETE_VARS = "DELETE FROM process_vars WHERE bucket = :bucket"
 
-# By seq or by id, of which an execution has the one here and a background run the other.
+# The seq of an execution, the id of a background run; the other is a value that none has.
 _RUNNING = """
     SELECT seq, '' AS id, pid, owner, scope FROM history WHERE status = 'running'
     UNION ALL
@@ -953,9 +973,9 @@ class Execution:
     ref: str
     bucket: str
     env: dict[str, str]
-    exit_code: int
-    error: str
-    log_archive_id: str
+    exit_code: int = 0
+    error: str = ""
+    log_archive_id: str = ""
 
     def __init__(
         self,
@@ -971,8 +991,6 @@ class Execution:
         scope = bucket or record.id
         environment = {**os.environ, BUCKET_ENV: scope, _PATH_ENV: store._address()}
         vars(self).update(id=record.id, ref=record.ref, bucket=scope, env=environment)
-        self.exit_code = 0
-        self.error = ""
         self.log_archive_id = record.log_archive_id
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -991,7 +1009,7 @@ class Execution:
             self._fail(error)
             try:
                 self._finish()
-            except StoreError as failure:
+            except Exception as failure:  # such as its own thread's open transaction()
                 error.add_note(f"The end of this run was not recorded: {failure}")
             raise
         self._finish()
@@ -1030,8 +1048,9 @@ class Execution:
         self._save(self._store._patient(), _DELETE_VARS, _DELETE_BUCKET)
 
     def _save(self, store: _SQLStore, *scope: str) -> None:
-        """Record what is known, and execute what is to be done with the scope; where that
-        stays, its name is "" here, which no bucket has."""
+        """Record what is known, and execute what is to be done with the scope. One that stays
+        is "" here, a name that no bucket has. (_RECORD is every record's, so it leaves the
+        scope alone, which _SET_SCOPE notes.)"""
         running = self._record.status == RunStatus.RUNNING
         background = [_SAVE_RUN] if self._background else []
         store._run(
@@ -1088,24 +1107,17 @@ def _now() -> datetime:
     return datetime.now(timezone.utc)
 
 
-# How the system says that it doesn't tell something, or that a process is gone.
-_UNTOLD = (FileNotFoundError, NotADirectoryError, PermissionError, ProcessLookupError)
-
-
 def _first_line(path: str) -> str:
-    """The first line of one of the system's files, "" where there is none."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as stream:
-            return stream.readline().strip()
-    except _UNTOLD:
-        return ""
+    """The first line of one of the system's files, "" where it doesn't tell."""
+    with _overlooked(), open(path, encoding="utf-8", errors="replace") as stream:
+        return stream.readline().strip()
+    return ""
 
 
 def _link(path: str) -> str:
-    try:
+    with _overlooked():
         return os.readlink(path)
-    except _UNTOLD:
-        return ""
+    return ""
 
 
 def _start_of(pid: int) -> str:
@@ -1157,7 +1169,8 @@ def _owner_note(pid: int) -> str:
 
 
 def _is_gone(pid: int, owner: str, unnoted: bool) -> bool:
-    """Whether the process of a running record is known to have ended.
+    """Whether the process of a running record is known to have ended. What the system
+    didn't tell, then or now, decides nothing.
 
     unnoted: whether a record without a note is judged by its number alone.
     """
@@ -1169,11 +1182,12 @@ def _is_gone(pid: int, owner: str, unnoted: bool) -> bool:
     here = _owner_note(os.getpid()).split(" ")
     if machine != here[0]:
         return False
-    if boot != here[1]:
+    if boot != here[1] and "-" not in (boot, here[1]):
         return True
     if namespace != here[2]:
         return False
-    return _start_of(pid) not in (start, "-")
+    now = _start_of(pid)
+    return not now or (now != start and "-" not in (now, start))
 
 
 # ---- the operations ----
@@ -1266,7 +1280,7 @@ class _SQLStore(DataStore):
         name = _text(what, value)
         if not name:
             raise ValueError(f"{what} must not be empty")
-        if len(name) > _SHORT and len(name.encode()) > self._name_limit:
+        if len(name.encode()) > self._name_limit:
             raise ValueError(f"{what} must have at most {self._name_limit} bytes")
         return name
 
@@ -1492,9 +1506,8 @@ class _SQLStore(DataStore):
 
         id: its name, else a new UUID. bucket: the scope that it lives in, which stays; else
         it has a scope of its own, named by its id, that goes at the end (with what it had
-        before, if it was there). working_dir: else
-        the current folder. source, client_name, session_id: else what $FLOW_RUN_SOURCE,
-        $FLOW_RUN_CLIENT and $FLOW_RUN_SESSION say.
+        before, if it was there). working_dir: else the current folder. source, client_name,
+        session_id: else what $FLOW_RUN_SOURCE, $FLOW_RUN_CLIENT and $FLOW_RUN_SESSION say.
 
         The record becomes failed by an exit code other than 0, an error or an exception,
         else completed. Its end waits up to 30 seconds for the lock.
@@ -1633,7 +1646,9 @@ class Session(_SQLStore):
                 f"{self.path}: its transaction() is open, and this would be no part of it"
             )
         if in_transaction or not (write or snapshot):
-            return self._held
+            return (
+                self._held
+            )  # in `with`, it yields what executes, and neither begins nor ends
         return _transacted(self._held, write)
 
     def _check(self) -> None:
@@ -1759,10 +1774,9 @@ def _new_id() -> str:
 
 
 def _current_folder() -> str:
-    try:
+    with _overlooked():
         return _noted(os.getcwd())
-    except _UNTOLD:  # it has been removed
-        return ""
+    return ""  # it has been removed
 
 
 # ---- SQLite: connections ----
@@ -1879,16 +1893,6 @@ _NO_PLACE = (
 )
 
 
-def _is_own(error: BaseException) -> bool:
-    """Whether an exception was raised by this module's own call: what a signal's handler
-    raises in the middle of it has the handler as the last frame of its traceback."""
-    trace = error.__traceback__
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    frames = globals(), vars(os.path)  # whose functions only do this module's calls
-    return trace is not None and any(trace.tb_frame.f_globals is each for each in frames)
-
-
 def _code(error: BaseException) -> int:
     """SQLite's primary result code of an error."""
     if isinstance(error, (OverflowError, sqlite3.DataError)):
@@ -1923,26 +1927,21 @@ def _descriptors_are_left() -> bool:
     """Whether this process may open as many files as a store takes."""
     opened = []
     try:
-        for _ in range(4):  # the file, -wal and -shm, the folder
-            opened.append(os.open(os.devnull, os.O_RDONLY))
-        return True
-    except OSError as error:
-        if not _is_own(error):
-            raise
-        return False
+        with _overlooked():
+            for _ in range(4):  # the file, -wal and -shm, the folder
+                opened.append(os.open(os.devnull, os.O_RDONLY))
     finally:
         for descriptor in opened:
             os.close(descriptor)
+    return len(opened) == 4
 
 
 def _what_it_is(file: str) -> str:
     """What a file is of which SQLite has said that it is no database: only then may it be
     opened here, since closing it drops this process's locks on it."""
-    try:
-        with open(file, "rb") as stream:
-            start = stream.read(20)
-    except _UNTOLD:
-        start = b""
+    start = b""
+    with _overlooked(), open(file, "rb") as stream:
+        start = stream.read(20)
     if start[16:] == b"\xed\xda\x0c\xed":  # bbolt's magic number
         return (
             "a file of the original (bbolt): bring it over with `flowstore import FILE`"
@@ -1952,7 +1951,8 @@ def _what_it_is(file: str) -> str:
 
 def _tries(store: _SQLStore, longest: float = 0.0) -> Iterator[float]:
     """Yields the seconds that are left for each try of one operation, until its timeout.
-    Between two of them it sleeps a moment, of at most `longest`, since others are at work.
+    Between two of them it sleeps, about as long as it has waited but at most `longest`, since
+    others are at work.
 
     SQLite's own handler sleeps for up to 100 ms and starves the unluckiest of many. Here
     whoever has waited for long tries oftener; but if all of 64 did, or all of 256 that are
@@ -1960,16 +1960,16 @@ def _tries(store: _SQLStore, longest: float = 0.0) -> Iterator[float]:
     """
     began = time.monotonic()
     slept = 0.0  # what counts where somebody has frozen the clock
-    often = max(0.008, store._timeout / 400)  # who may wait for long, less so
     yield store._timeout
     while True:
         waited = max(time.monotonic() - began, slept)
         left = store._timeout - waited
         if left <= 0:
             return
+        limit = 0.032 if waited < 0.5 else max(0.008, store._timeout / 400)
         jitter = 0.5 + time.perf_counter_ns() % 1000 / 1000
-        limit = longest or (0.032 if waited < 0.5 else often)
-        pause = min(max(waited, 0.001) * jitter, limit * jitter, left)
+        pause = min(max(waited, 0.001), longest or limit) * jitter
+        pause = min(pause, left)
         time.sleep(pause)
         slept += pause
         yield left - pause
@@ -2032,7 +2032,8 @@ class _Connection:
         self.inode = 0  # of the file that was opened
         self.at_rest: Any = None  # look(), where it is read as unchanging
         self.pid = os.getpid()
-        self.log_steps: int | None = None  # look_at_log() after its last write
+        self.writes = 0  # that it has committed
+        self.log_steps: int | None = None  # look_at_log() after one of them
         self.user = 0  # the thread that is in it
         self.thread = 0  # that holds a transaction() on it
 
@@ -2074,14 +2075,16 @@ class _Connection:
                 raise
         return self.sql.execute(statement, values) if self.begin(False) else _NoRows()
 
-    def begin(self, write: bool) -> bool:
-        """Take the write lock, or a snapshot. Whether there is a store; a write makes it."""
+    def begin(self, write: bool, at_rest: bool = False) -> bool:
+        """Take the write lock, or a snapshot. Whether there is a store; a write makes it.
+
+        at_rest: to read what can't be written, see open_at_rest().
+        """
         self.refuse_use(write)
         if self.thread:
             return True  # a session's read takes part in its own transaction()
         self.rollback()  # what an interrupt has left
-        established = bool(self.sql)
-        at_rest = False
+        in_session = bool(self.sql)
         for _ in _tries(self.store):
             self.make_way()
             try:
@@ -2092,16 +2095,17 @@ class _Connection:
                 self.rollback()
                 if _code(error) in _BUSY:
                     continue
-                if self.has_moved():
-                    if established:
-                        raise self.store._error(
-                            "its file has been removed or replaced: open a new session"
-                        ) from None
-                elif _code(error) in _NO_PLACE and not (write or at_rest):
-                    at_rest = True
-                else:
+                moved = isinstance(error, _Moved) or self.has_moved()
+                if moved and in_session:
+                    raise self.store._error(
+                        "its file has been removed or replaced: open a new session"
+                    ) from None
+                no_place = _code(error) in _NO_PLACE and not write and not at_rest
+                if not moved and not no_place:
                     raise
                 self.close()
+                if not moved:
+                    return self.begin(write, at_rest=True)
         raise self.store._error(_LOCKED, StoreBusyError)
 
     def refuse_use(self, write: bool) -> None:
@@ -2145,13 +2149,13 @@ class _Connection:
         self.sql.execute("BEGIN IMMEDIATE" if write else "BEGIN")
         known = self.store._known
         complete = self.identify()
+        first_time = known != self.store._known  # that this object sees this file
         # Between open() and here the file may have been destroyed, and made anew. (A session
         # asks before writes only: with each read that would be a third of its time.)
         if (write or not self.held) and self.has_moved():
             raise _Moved
-        if not write or (complete and known == self.store._known):
+        if not write or (complete and not first_time):
             return complete
-        # a store that this object sees for the first time, or a blank one
         if self.sql.execute("PRAGMA journal_mode").fetchone() != ("wal",):
             self.rollback()
             if self.sql.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
@@ -2224,14 +2228,12 @@ class _Connection:
     def open(self, make: bool, at_rest: bool) -> bool:
         """Open the file; False where it is missing, and not to be made."""
         file = self.store._file
-        while True:
-            try:
-                status = os.stat(file)
-                break
-            except (FileNotFoundError, NotADirectoryError):
-                if not make:
-                    return False
-                _make_file(file)
+        try:
+            status = os.stat(file)
+        except (FileNotFoundError, NotADirectoryError):
+            if not make:
+                return False
+            status = _make_file(file)
         self.refuse_unsafe(status)
         settings = _WRITE_SETTINGS if make or self.held else _READ_SETTINGS
         if make and status.st_size == 0:
@@ -2306,11 +2308,10 @@ class _Connection:
         """Inode, time and size of the file, its -wal and -shm, () of what isn't there."""
         found: list[tuple[int, ...]] = []
         for ending in ("", "-wal", "-shm"):
-            try:
+            found.append(())
+            with _overlooked():
                 status = os.stat(self.store._file + ending)
-                found.append((status.st_ino, status.st_mtime_ns, status.st_size))
-            except _UNTOLD:
-                found.append(())
+                found[-1] = (status.st_ino, status.st_mtime_ns, status.st_size)
         return found
 
     def has_moved(self) -> bool:
@@ -2332,7 +2333,8 @@ class _Connection:
         since that holds others up."""
         before = self.look_at_log() if self.log_steps is None else self.log_steps
         self.sql.execute("COMMIT")
-        if self.held and not self.thread and time.perf_counter_ns() % 4:
+        self.writes += 1
+        if self.held and not self.thread and self.writes % 4:
             return  # now and then is enough: a look takes a tenth of a session's write
         self.log_steps = self.look_at_log()
         if self.log_steps > before:
@@ -2393,12 +2395,16 @@ class _Connection:
             sql.close()
 
 
-def _make_file(file: str) -> None:
+def _make_file(file: str) -> os.stat_result:
     """Make an empty file that only its owner may read, unless there is one by now."""
     _make_folder(os.path.dirname(file))
     # closing it drops this process's locks on it: no thread may have opened it by then
     with suppress(FileExistsError), _gate.files:
         os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    try:
+        return os.stat(file)
+    except FileNotFoundError:  # somebody has removed it again
+        raise _Moved from None
 
 
 def _make_folder(folder: str) -> None:
@@ -2528,7 +2534,7 @@ def _part_of(target: str) -> Iterator[str]:
     try:
         _refuse_target(target)
         # an object that closes itself, wherever an interrupt comes
-        with open(part, "ab", 0, opener=partial(os.open, mode=0o600)) as stream:
+        with open(part, "ab", 0, opener=_open_private) as stream:
             # another backup may have given it the target's name before it was locked
             if not (_lock(stream.fileno(), exclusive=True) and _is_at(stream, part)):
                 raise _error(StoreBusyError, part, "another backup writes it: try again")
@@ -2553,6 +2559,11 @@ def _part_of(target: str) -> Iterator[str]:
         if of_source or isinstance(error, StoreError) or not _is_own(error):
             raise
         raise _explained(error, target) from error
+
+
+def _open_private(path: str, flags: int) -> int:
+    """open()'s opener of a file of one's own, which no link of somebody else's leads to."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)
 
 
 def _refuse_target(target: str) -> None:
@@ -2822,8 +2833,10 @@ class _PostgresConnection:
                     return self.begin(write)  # it has died since its last use
                 if code not in _SERVER_AGAIN:
                     raise
+                if self.store._known:
+                    self.store._known = False
+                    return self.begin(write)  # somebody may have dropped the store
                 failure = error
-            self.store._known = False
         raise failure
 
     def begin_here(self, write: bool, left: float) -> bool:
@@ -3160,12 +3173,9 @@ class _Import:
                 values.get("bucket", kind),
                 values.get("key") or values.get("ref"),
             )
-            self.problem(str(bucket), str(key), str(error))
+            self.problems.append((str(bucket), str(key), str(error)))
         else:
             self.counts[kind] += self.writer._run(statement, **values)
-
-    def problem(self, bucket: str, key: str, reason: str) -> None:
-        self.problems.append((bucket, key, reason))
 
     def summary(self) -> ImportSummary:
         return ImportSummary(**self.counts, problems=tuple(self.problems))
@@ -3424,7 +3434,7 @@ class _BoltImport:
                 if not _is_own(error):
                     raise
                 bucket = _escaped(b"/".join(path))
-                self.added.problem(bucket, _escaped(key), str(error))
+                self.added.problems.append((bucket, _escaped(key), str(error)))
             if what == wanted == _BUCKET:
                 self.add((*path, key), self.file.entries(value))
 
@@ -3496,10 +3506,6 @@ def _bolt_texts(**cells: bytes) -> Values:
 # ---- the command line ----
 
 
-class _UsageError(ValueError):
-    """A word of the command line is wrong, missing or too much: which, and what to do."""
-
-
 class _Options:
     """What a command line says; what it doesn't is None."""
 
@@ -3561,15 +3567,15 @@ def _parsed(words: list[str]) -> _Options:
     """What a command line says. By hand: with argparse a `get` takes a sixth longer, and
     learns what is wrong, but not what to do."""
     options = _taken_apart(words)
-    options.name = options.words.pop(0) if options.words else "help"
+    options.name = (options.words or options.after or ["help"]).pop(0)
     command = _COMMANDS.get(options.name)
     known = command.flags if command else _FLAGS
     for flag in options.flags:
         if flag not in known:
-            raise _UsageError(_no_option(options.name, flag, known))
+            raise ValueError(_no_option(options.name, flag, known))
     if not command:
         advice = _nearest(options.name, _COMMANDS, "`flowstore help` lists them")
-        raise _UsageError(f"there is no command {options.name!r}: {advice}")
+        raise ValueError(f"there is no command {options.name!r}: {advice}")
     for flag, text in options.flags.items():
         setattr(options, flag.strip("-"), _value(flag, known[flag], text))
     if not options.help:
@@ -3587,14 +3593,15 @@ def _taken_apart(words: list[str]) -> _Options:
         if word == "-h":
             word = "--help"
         flag, equals, value = word.partition("=")
-        if word[:2] in _FLAGS:  # -n5
+        if flag not in _FLAGS and word[:2] in _FLAGS:  # -n5
             flag, equals, value = word[:2], word[2:], word[2:]
         if word[:1] != "-" or word == "-" or word[1].isdecimal():  # -5 is a word
             options.words.append(word)
         elif equals:
             options.flags[flag] = value
         else:
-            options.flags[flag] = next(rest, None) if _FLAGS.get(flag) else None
+            value = next(rest, "--") if _FLAGS.get(flag) else "--"
+            options.flags[flag] = None if value.startswith("--") else value
     options.after = list(rest)
     return options
 
@@ -3602,7 +3609,7 @@ def _taken_apart(words: list[str]) -> _Options:
 def _nearest(word: str, known: Iterable[str], otherwise: str) -> str:
     import difflib
 
-    near = [each for each in known if each.startswith(word)]
+    near = [each for each in known if word and each.startswith(word)]
     near = near or difflib.get_close_matches(word, known, 1)
     return f"did you mean {near[0]}?" if near else otherwise
 
@@ -3627,17 +3634,17 @@ def _value(flag: str, kind: str, text: str | None) -> object:
     if not kind:
         if text is None:
             return True
-        raise _UsageError(f"{flag} takes no value")
+        raise ValueError(f"{flag} takes no value")
     is_file = kind in ("PATH", "FILE")
-    if text is None or text.startswith("--") or (is_file and not text):
-        raise _UsageError(f"{flag} takes a value: {flag} {kind}")
+    if text is None or (is_file and not text):
+        raise ValueError(f"{flag} takes a value: {flag} {kind}")
     if is_file:
         return text
     read, meaning = _READ.get(kind, (_utf8, "a text"))
     try:
         return read(text)
     except (ValueError, OverflowError, OSError):
-        raise _UsageError(f"{flag} takes {meaning}, not {text!r}") from None
+        raise ValueError(f"{flag} takes {meaning}, not {text!r}") from None
 
 
 def _utf8(word: str) -> str:
@@ -3673,17 +3680,17 @@ def _name_words(options: _Options, command: _Command) -> None:
     """Give the words of a command their names; refuse what is missing, or too much."""
     if command.runs and not options.after:
         advice = f"put -- before it ({command.example})"
-        raise _UsageError(f"{command.name} needs a command: {advice}")
+        raise ValueError(f"{command.name} needs a command: {advice}")
     words = options.words if command.runs else options.words + options.after
     for what, word in zip_longest(command.words, words):
         if what is None and not command.words:
-            raise _UsageError(f"{command.name} takes no argument: leave {word!r} out")
+            raise ValueError(f"{command.name} takes no argument: leave {word!r} out")
         if what is None:  # the last of them may be a secret value
             quoted = "it" if command.name == "set" else repr(" ".join(words))
             name = command.words[-1].strip("[]")
-            raise _UsageError(f"{command.name} takes one {name}: quote {quoted}")
+            raise ValueError(f"{command.name} takes one {name}: quote {quoted}")
         if not word and what[0] != "[":
-            raise _UsageError(f"{command.name} needs {what}: flowstore {command.usage}")
+            raise ValueError(f"{command.name} needs {what}: flowstore {command.usage}")
         if word is not None:
             text = word if what == "FILE" else _utf8(word)
             setattr(options, what.strip("[]").lower(), text)
@@ -3727,7 +3734,7 @@ def _whole_id(store: _SQLStore, beginning: str) -> str:
     if beginning in ids:
         return beginning
     if len(ids) > 1:
-        raise _UsageError(f"{len(ids)} runs begin with {beginning!r}: give more of it")
+        raise ValueError(f"{len(ids)} runs begin with {beginning!r}: give more of it")
     return ids[0]
 
 
@@ -4005,7 +4012,7 @@ example: flowstore prune --keep 50 --before 30d
 """)
 def _do_prune(options: _Options) -> None:
     if options.keep is None and options.before is None:
-        raise _UsageError("prune needs --keep N, --before AGE, or both")
+        raise ValueError("prune needs --keep N, --before AGE, or both")
     store = _store(options)
     missing = _is_missing(store)
     pruned = PruneSummary() if missing else store.prune(options.keep, options.before)
@@ -4120,7 +4127,7 @@ def _do_destroy(options: _Options) -> int:
     store = _store(options)
     if not options.yes:
         if not os.isatty(0):
-            raise _UsageError("destroy needs --yes where nobody can be asked")
+            raise ValueError("destroy needs --yes where nobody can be asked")
         _tell(f"Remove {_shown(store.path)} with all that is in it? [y/N] ")
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             _complain("nothing was removed")
@@ -4241,7 +4248,8 @@ class _Signals:
                 os._exit(126)
         if self.detached:
             os.setpgid(child, child)
-        # what came before the fork; what came after it to both is one with it in the child
+        # what came before the fork. What came after it to the whole group is pending in the
+        # child already; sent again, the two count as one
         for number in self.fetch_pending():
             os.kill(child, number)
         os.write(tell_ready, b"!")
@@ -4331,7 +4339,7 @@ def _new_run(options: _Options, store: _SQLStore) -> Execution:
     return store._new_run(
         options.ref,
         None,
-        environment_bucket() if options.join else None,
+        _noted(environment_bucket()) if options.join else None,
         label=options.label or "",
         command=_noted(shlex.join(options.after)),
         source=_noted(run_env_value(RUN_SOURCE_ENV)) or RUN_SOURCE_CLI,
@@ -4352,9 +4360,9 @@ example: flowstore run 'build app' -- make -j4
 """)
 def _do_run(options: _Options) -> int:
     if not hasattr(os, "fork"):
-        raise _UsageError("run needs a POSIX system")
+        raise ValueError("run needs a POSIX system")
     if options.log and not options.background:
-        raise _UsageError("run --log FILE needs --background: else redirect by > FILE")
+        raise ValueError("run --log FILE needs --background: else redirect by > FILE")
     null = os.open(os.devnull, os.O_RDWR)
     while null < 3:  # closed on entry: else SQLite fills it for the command too
         null = os.open(os.devnull, os.O_RDWR)

@@ -2110,6 +2110,22 @@ def test_somebody_elses_file_is_refused_where_anyone_may_write(place):
         refused(StoreError, "another user's", SQLiteDataStore, path)
 
 
+@needs_root
+def test_a_file_of_ones_own_is_read_at_once_where_no_other_can_be_made(place):
+    path = f"{place}/flowstore.db"
+    os.chown(path, NOBODY, NOBODY)
+    with an_ordinary_user():
+        store = SQLiteDataStore(path, timeout=0)  # nobody is waited for
+        assert store.get_process_var("b", "k") == "old"
+
+
+def test_a_link_that_leads_nowhere_is_given_up_after_the_timeout(path, tmp_path):
+    store = SQLiteDataStore(path, timeout=0.05)
+    os.unlink(path)
+    os.symlink(tmp_path / "nowhere", path)
+    refused(StoreBusyError, "try again", store.set_cache_entry, "k", b"v")
+
+
 @pytest.mark.parametrize("name", ["new.db", "folder/new.db", "flowstore.db/new.db"])
 def test_a_place_where_nothing_can_be_made_is_named_at_once(place, name):
     path = f"{place}/{name}"
@@ -2174,6 +2190,9 @@ def test_too_many_open_files_are_told_from_damage(store, path):
         with a_limit(resource.RLIMIT_NOFILE, free + left):
             found += [
                 value_of(store.set_cache_entry, "k", b"v"),
+                value_of(
+                    store.record_execution, record(status="running", pid=os.getpid())
+                ),
                 value_of(store.get_cache_entry, "k"),
                 value_of(store.backup, f"{path}.{left}"),
             ]
@@ -2374,6 +2393,12 @@ def test_a_part_that_is_left_is_replaced_and_one_in_use_is_not(store, tmp_path):
     assert part.read_bytes() == b"what a killed backup left"
     store.backup(tmp_path / "copy")
     assert modes_in(tmp_path) == {"copy": 0o600, "flowstore.db": 0o600}
+
+
+def test_a_backup_writes_through_no_link_of_somebody_elses(store, tmp_path):
+    os.symlink(tmp_path / "theirs", tmp_path / "copy.part")
+    refused(StoreError, "symbolic links", store.backup, tmp_path / "copy")
+    assert sorted(os.listdir(tmp_path)) == ["copy.part", "flowstore.db"]
 
 
 def test_a_backup_that_is_killed_leaves_no_half_of_a_store(store, path):
@@ -4090,6 +4115,15 @@ def test_a_copy_between_engines_has_all_and_what_is_there_wins(
     assert new.reconcile() == 1  # by the owners' notes, which came along
 
 
+def test_a_store_that_was_dropped_is_made_anew_without_waiting_on_a_server(server):
+    schema = server.new_schema()
+    store = server.store(schema=schema, timeout=0)
+    store.set_cache_entry("k", b"v")
+    destroy_store(server.url(schema=schema))
+    store.set_cache_entry("l", b"v")
+    assert store.list_cache_keys() == ["l"]
+
+
 def test_a_run_without_a_note_is_never_judged_on_a_server(server, ended_pid):
     store = server.store()
     store.record_execution(record(status="running", pid=ended_pid))
@@ -4262,6 +4296,7 @@ AGES = "an age or a time (30d, 12h, 2w, 90m, 2024-05-31 or 2024-05-31T18:30)"
         ("--stroe x.db list", "there is no option --stroe: did you mean --store?"),
         ("--stor postgresql://u:hidden@h/d get",
          "there is no option --stor: did you mean --store?"),
+        ("-- gte KEY", "there is no command 'gte': did you mean get?"),
         ("get KEY --json=1", "--json takes no value"),
         ("get KEY --store", "--store takes a value: --store PATH"),
         ("--store= get KEY", "--store takes a value: --store PATH"),
@@ -5027,6 +5062,14 @@ def test_start_that_cannot_be_recorded_is_a_store_error_and_an_end_hides_nothing
         raise AssertionError("the body must not run")
 
 
+def test_end_in_an_open_transaction_of_its_thread_hides_nothing(store):
+    outer = contextlib.ExitStack()
+    with outer, pytest.raises(KeyError) as caught, store.execution("build"):
+        outer.enter_context(store.transaction())
+        raise KeyError("mine")
+    assert "would wait for itself" in caught.value.__notes__[0]
+
+
 def test_end_records_the_whole_run_in_a_store_that_was_emptied(store, path):
     with store.execution("build", label="kept"):
         flowstore.destroy_store(path)
@@ -5061,6 +5104,8 @@ JUDGED = [
     ("{machine} another {namespace} {start}", True, True),
     ("{machine} {boot} another {start}", False, False),
     ("{machine} {boot} {namespace} another", True, True),  # which has its number by now
+    ("{machine} - {namespace} {start}", False, True),  # what isn't told decides nothing
+    ("{machine} {boot} {namespace} -", False, True),
     ("", False, True),
 ]
 
@@ -5210,10 +5255,10 @@ def ran(path):
 
 def test_record_of_a_command_tells_the_whole_run(ran, store):
     command = ["sh", "-c", "exit 3", "two words", "\udcff"]
-    assert ran("run", "--label", "nightly", "build app", "--", *command)[0] == 3
+    assert ran("run", "--label=--fast", "build app", "--", *command)[0] == 3
     found = only_record(store)
     assert found[3:5] == (3, "")
-    assert (found.ref, found.label, found.status) == ("build app", "nightly", "failed")
+    assert (found.ref, found.label, found.status) == ("build app", "--fast", "failed")
     assert found.command == "sh -c 'exit 3' 'two words' '\\xff'"
     assert found.source == "cli"
     assert store.list_process_buckets() == []
@@ -5261,6 +5306,7 @@ fs run --join in -- sh -c 'fs get key; fs set key inner'; fs get key"""
     status, out, _ = ran("run", "out", "--", "sh", "-c", script)
     assert (status, out) == (0, "rooted\n1\nouter\ninner\n")
     ran("run", "--join", "r", "--", *FLOWSTORE.split(), "set", "key", "rooted")
+    assert ran("run", "--join", "r", "--", "true", FLOW_PROCESS_BUCKET="\udcff")[0] == 0
     assert store.list_process_buckets() == ["root"]
     assert store.get_process_var("root", "key") == "rooted"
 
@@ -5396,7 +5442,7 @@ def test_signal_after_the_command_neither_ends_run_nor_changes_its_status(path, 
 
 # Ends at SIGUSR1, with the number of SIGINTs and SIGQUITs that it has got.
 COUNTER = """
-import os, signal, sys
+import os, signal, sys, time
 hits = []
 def hit(*_):
     hits.append(1)
@@ -5407,7 +5453,7 @@ if sys.argv[1] == "apart":
     os.setpgid(0, 0)
 os.write(1, b"ready\\n")
 while True:
-    signal.pause()
+    time.sleep(0.01)  # a pause() misses what comes just before it
 """
 
 
