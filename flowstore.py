@@ -412,8 +412,8 @@ def _values(record: ExecutionRecord | BackgroundRun) -> Values:
 def _cell_types(fields: Sequence[str]) -> tuple[tuple[type, ...], ...]:
     """What a record's cells may be: with completed_at, the eighth of both kinds, and
     without."""
-    integers = ("duration", "exit_code", "pid")
-    types = [int if field in integers else str for field in fields]
+    integers = (_integer, _nanoseconds)
+    types = [int if _CELLS.get(field) in integers else str for field in fields]
     return tuple(types), (*types[:7], type(None), *types[8:])
 
 
@@ -1220,7 +1220,7 @@ class _SQLStore(DataStore):
         """Make the store where it is missing, or fail at once."""
         connection = self._connection()
         with connection:
-            connection.prepare()
+            _make_sure(connection)
 
     def _patient(self) -> _SQLStore:
         """The same store with the timeout of a run's end."""
@@ -1697,6 +1697,16 @@ def _transacted(connection: Connection, write: bool) -> Iterator[Execute]:
             connection.commit()
 
 
+def _make_sure(connection: Connection) -> None:
+    """See that there is a store that can be read; one that is missing is made."""
+    there = connection.begin(False)
+    connection.rollback()
+    if not there:
+        connection.close()  # it was opened to read
+        connection.begin(True)
+        connection.commit()
+
+
 @contextmanager
 def _held(store: _SQLStore) -> Iterator[Connection]:
     """A connection for several uses, closed at the end: but not in a forked child."""
@@ -1713,7 +1723,7 @@ def _held(store: _SQLStore) -> Iterator[Connection]:
 def _session(store: SQLiteDataStore | PostgresDataStore) -> Iterator[Session]:
     with _held(store) as connection:
         with connection:
-            connection.prepare()
+            _make_sure(connection)
         session = Session(store, connection, atomic=False)
         try:
             yield session
@@ -2063,9 +2073,10 @@ class _Connection:
             raise _explained(error, self.store.path) from (None if quotes else error)
 
     def execute(self, statement: str, values: Values) -> Any:
-        """Execute a statement in the transaction that was begun; in a session also a single
-        read without one, which is begun where that fails: somebody had the file to himself,
-        or has emptied it. (What SQLite has rolled back must not go on in another one.)"""
+        """Execute a statement in the transaction that was begun. A session's single read has
+        none: where it fails, since somebody has the file to himself or has emptied it, it
+        is tried again in one. (Not what was in a transaction: where SQLite has rolled that
+        back, the rest of it must not take effect alone.)"""
         alone = self.held and not (self.sql and self.sql.in_transaction)
         try:
             if self.sql:
@@ -2132,15 +2143,6 @@ class _Connection:
             if not self.held:
                 self.close()
             _gate.enter(self)
-
-    def prepare(self) -> None:
-        """See that there is a store that can be read, made where it is missing."""
-        there = self.begin(False)
-        self.rollback()
-        if not there:
-            self.close()
-            self.begin(True)
-            self.commit()
 
     def begin_here(self, write: bool) -> bool:
         if write and self.at_rest:  # SQLite would begin a read
@@ -2904,12 +2906,6 @@ class _PostgresConnection:
             script = script.replace(word, other)
         self.run(script)
 
-    def prepare(self) -> None:
-        """See that there is a store that can be read, made where it is missing."""
-        if not self.begin(False):
-            self.begin(True)
-            self.commit()
-
     def in_transaction(self) -> bool:
         return self in _begun
 
@@ -3455,6 +3451,7 @@ class _BoltImport:
             values = _bolt_texts(bucket=path[-1], key=key, value=value)
             yield "process_vars", _ADD_VAR, values
         elif (*path, key) != self.MOVED_RUNS and (path or key not in self.CONCERNS):
+            # a scope: neither runs that were moved, nor one of the four buckets
             if not path:
                 self.added.counts["legacy_scopes"] += 1
             yield "process_buckets", _ADD_BUCKET, _bolt_texts(bucket=key)
@@ -4041,6 +4038,7 @@ def _do_import(options: _Options) -> int:
     try:
         summary = _copy_store(source, target, progress)
     except CorruptStoreError as error:
+        # to SQLite a file of the original is no database
         if _code(error.__cause__ or error) != sqlite3.SQLITE_NOTADB:
             raise
         summary = _import_bolt(source.path, target, progress)
