@@ -2106,17 +2106,17 @@ class _Connection:
                 self.rollback()
                 if _code(error) in _BUSY:
                     continue
-                moved = isinstance(error, _Moved) or self.has_moved()
-                if moved and in_session:
-                    raise self.store._error(
-                        "its file has been removed or replaced: open a new session"
-                    ) from None
-                no_place = _code(error) in _NO_PLACE and not write and not at_rest
-                if not moved and not no_place:
-                    raise
-                self.close()
-                if not moved:
+                if isinstance(error, _Moved) or self.has_moved():
+                    if in_session:
+                        raise self.store._error(
+                            "its file has been removed or replaced: open a new session"
+                        ) from None
+                    self.close()
+                elif _code(error) in _NO_PLACE and not write and not at_rest:
+                    self.close()
                     return self.begin(write, at_rest=True)
+                else:
+                    raise
         raise self.store._error(_LOCKED, StoreBusyError)
 
     def refuse_use(self, write: bool) -> None:
