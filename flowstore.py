@@ -1007,17 +1007,22 @@ class Execution:
 
     @contextmanager
     def _recorded(self) -> Iterator[Execution]:
-        self._start()
+        recording = True  # whether it is this that raises, or the body
         try:
+            self._start()
+            recording = False
             yield self
+            recording = True
+            self._finish()
         except BaseException as error:
-            self._fail(error)
+            if recording and isinstance(error, (StoreError, RuntimeError)):
+                raise
+            self._fail(error)  # also what interrupts the recording
             try:
                 self._finish()
             except Exception as failure:  # such as its own thread's open transaction()
                 error.add_note(f"The end of this run was not recorded: {failure}")
             raise
-        self._finish()
 
     def _start(self) -> None:
         """Record that it runs, and make its scope."""
@@ -4264,7 +4269,8 @@ class _Signals:
             os.waitpid(child, 0)
             raise OSError(failed[0], os.strerror(failed[0]))
         if self.detached:
-            os.closerange(3, max(os.sysconf("SC_OPEN_MAX"), 4096))
+            # beyond the limit, too, which may have been lowered since
+            os.closerange(3, max(os.sysconf("SC_OPEN_MAX"), 1 << 20))
         return child
 
     def become(self, command: list[str], environment: dict[str, str]) -> None:
@@ -4372,21 +4378,25 @@ def _do_run(options: _Options) -> int:
     os.close(null)
     if options.background:
         return _run_detached(options)
+    with _Signals() as signals:
+        exit_code = _run(options, signals)
+    return _status_of(exit_code)
+
+
+def _run(options: _Options, signals: _Signals) -> int:
+    """Run a command, recorded if that can be: its exit status, -n where signal n ended it."""
     try:
         store = _store(options)
     except (StoreError, ValueError) as failure:
         _complain(f"{failure}; the command runs, and is not recorded")
-        with _Signals() as signals:
-            exit_code, _ = signals.call(options.after, os.environ)
-        return _status_of(exit_code)
+        return signals.call(options.after, os.environ)[0]
     run = _new_run(options, store)
-    with _Signals() as signals:
-        anyway = "the command runs, and is recorded at its end if it can be"
-        started = _is_done(run._start, anyway)
-        exit_code, run.error = signals.call(options.after, run.env)
-        run.exit_code = exit_code
-        _is_done(run._finish, "the run's end is not recorded" if started else "")
-    return _status_of(exit_code)
+    anyway = "the command runs, and is recorded at its end if it can be"
+    started = _is_done(run._start, anyway)
+    exit_code, run.error = signals.call(options.after, run.env)
+    run.exit_code = exit_code
+    _is_done(run._finish, "the run's end is not recorded" if started else "")
+    return exit_code
 
 
 def _is_done(act: Callable[[], None], otherwise: str) -> bool:

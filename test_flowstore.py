@@ -5043,7 +5043,18 @@ def test_end_waits_longer_for_the_lock_than_the_timeout(path):
     assert only_record(store).status == "completed"
 
 
+def test_an_interrupt_of_the_end_that_waits_is_the_end(store, path):
+    holder = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    with pytest.raises(KeyboardInterrupt), store.execution("build"):
+        holder.execute("BEGIN IMMEDIATE")
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        threading.Timer(0.3, holder.close).start()
+    assert only_record(store)[3:5] == (130, "KeyboardInterrupt")
+    assert store.list_process_buckets() == []
+
+
 def test_256_runs_at_once_are_all_recorded(store, path):
+
     run = "with flowstore.SQLiteDataStore(*arguments, timeout=60).execution('r'): pass"
     crowd(256, run, path)
     ends = [each.status for each in store.get_recent_executions(0)]
