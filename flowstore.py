@@ -571,7 +571,8 @@ def _absolute(path: str) -> str:
 
 
 def _is_url(where: str) -> bool:
-    return where.startswith(("postgresql://", "postgres://"))
+    # postgresql+psycopg:// too, which is refused then instead of becoming a file's name
+    return "://" in where and where.strip().lower().startswith("postgres")
 
 
 def environment_bucket() -> str:
@@ -1249,7 +1250,7 @@ class _SQLStore(DataStore):
     def session(self) -> AbstractContextManager[Session]:
         """Yields a store whose operations share one connection, each in a transaction of its
         own: for loops. RuntimeError for its use after its end, from another thread or in a
-        forked child; StoreError where its store has been removed or replaced."""
+        forked child; StoreError where its file has been removed or replaced."""
         return _session(self._whole("session"))
 
     def transaction(self) -> AbstractContextManager[Session]:
@@ -1305,8 +1306,13 @@ class _SQLStore(DataStore):
 
     def _checked_cells(self, rows: list[Any], kinds: tuple[type, ...]) -> list[Any]:
         """Rows whose cells are of their columns' types: in SQLite a column may hold any."""
-        if any(tuple(map(type, row)) != kinds for row in rows):
-            raise self._damaged_row()
+        for number, row in enumerate(rows):
+            if tuple(map(type, row)) != kinds:
+                # some drivers give bytes as a memoryview
+                plain = [bytes(c) if isinstance(c, memoryview) else c for c in row]
+                if tuple(map(type, plain)) != kinds:
+                    raise self._damaged_row()
+                rows[number] = plain
         return rows
 
     def _made(self, make: Callable[[Row], T], rows: Iterable[Row]) -> list[T]:
@@ -2642,7 +2648,7 @@ _SERVER_URL = (
     r"(?!.*(?:\s|%(?!(?!00)[0-9A-Fa-f]{2})|[?&][^=&]*%))"
     r"(postgres(?:ql)?://(?:[^@/]*@)?[^@?]*)\??([^@]*)"
 )
-_PASSWORD = r"(//[^/@:]*):[^/@]*(?=@)|\w*(?:password|secret)\w*=[^&\s]*&?"
+_PASSWORD = r"(?i)(//[^/@:]*):[^/@]*(?=@)|\w*(?:password|secret)\w*=[^&\s]*&?"
 # The server lets go of a machine that has vanished, and so do we of a server. What a URL
 # has of its own comes after these, and wins.
 _DRIVER_OPTIONS = (
@@ -2742,10 +2748,12 @@ _CONNECTING = {
 
 
 def _said(error: BaseException) -> tuple[str, str]:
-    """The code and the words of a driver's error, "" for any other: those have a class named
-    Error (PEP 249), or are the system's, with a number, as a handler's have none."""
+    """The code and the words of a driver's error, "" for any other: those are of one of two
+    classes of PEP 249, or the system's own, with a number, as a handler's have none."""
     system = isinstance(error, OSError) and error.errno is not None
-    if not system and "Error" not in [each.__name__ for each in type(error).__mro__]:
+    system = system and type(error).__module__ in ("builtins", "socket", "ssl")
+    classes = {each.__name__ for each in type(error).__mro__}
+    if not system and not classes & {"DatabaseError", "InterfaceError"}:
         return "", ""
     told = error.args[0] if error.args else None
     if isinstance(told, dict):  # pg8000
@@ -2873,7 +2881,11 @@ class _PostgresConnection:
         self.rollback()
         beginning = _WRITING if write else _READING
         path = f"SET LOCAL search_path = {self.store._quoted}, pg_temp"
-        self.run(f"{beginning}; {_BEGIN}{max(int(left * 1000), 1)}; {path}")
+        settings = f"{beginning}; {_BEGIN}{max(int(left * 1000), 1)}"
+        if not self.store._schema.isascii():  # which needs the client's encoding
+            self.run(settings)
+            settings = ""
+        self.run(f"{settings}; {path}")
         me = get_ident(), self.pid
         mine = [each for each in list(_begun) if (each.thread, each.pid) == me]
         if write and mine and self.where() in [each.where() for each in mine]:
@@ -2982,11 +2994,9 @@ class PostgresDataStore(_SQLStore):
         self._timeout = _seconds(timeout)
         found = re.fullmatch(_SERVER_URL, _text("url", url))
         if found is None:
-            reason = (
-                "url must be postgresql://user:password@host:port/database?name=value"
-            )
             raise ValueError(
-                f"{reason}, with %40 for @, %2F for /, %25 for % and %20 for a space"
+                "url must be postgresql://user@host:port/database?name=value, also with"
+                " a password: write %40 for @, %2F for /, %25 for % and %20 for a space"
             )
         place, query = found.groups()
         option = "&schema=([^&]*)"
@@ -2995,8 +3005,9 @@ class PostgresDataStore(_SQLStore):
         self._schema = (
             [*given, "flowstore"][0] if schema is None else _text("schema", schema)
         )
-        if not 0 < len(self._schema.encode()) <= 63:  # the server would cut it
-            raise ValueError("schema must have 1 to 63 bytes")
+        # the server would cut it, or take it for the role's own
+        if not 0 < len(self._schema.encode()) <= 63 or self._schema == "$user":
+            raise ValueError("schema must have 1 to 63 bytes, and not be $user")
         self._quoted = _quoted(self._schema)
         self._whole_url = f"{place}?schema={quote(self._schema)}{others}"
         self.path = _without_password(url)
@@ -3171,10 +3182,9 @@ class _Import:
         if self.progress and self.entries % 1000 == 0:
             self.progress(self.entries)
         try:
-            for what in ("bucket", "key", "ref", "id"):
-                if values.get(what):
-                    self.writer._name(what, values[what])
-        except ValueError as error:
+            for what, value in values.items():
+                values[what] = self.checked(kind, what, value)
+        except (TypeError, ValueError) as error:
             bucket, key = (
                 values.get("bucket", kind),
                 values.get("key") or values.get("ref"),
@@ -3182,6 +3192,18 @@ class _Import:
             self.problems.append((str(bucket), str(key), str(error)))
         else:
             self.counts[kind] += self.writer._run(statement, **values)
+
+    def checked(self, kind: str, what: str, value: Any) -> object:
+        """A cell of a row that is added, as its column has it: in SQLite it may be anything."""
+        if what in ("bucket", "key", "ref", "id") and value:
+            return self.writer._name(what, value)
+        if what in ("seq", "occurrence") or value is None:
+            return value
+        if (kind, what) == ("cache", "value"):
+            return _bytes(what, value)
+        return (_integer if what in ("duration", "exit_code", "pid") else _text)(
+            what, value
+        )
 
     def summary(self) -> ImportSummary:
         return ImportSummary(**self.counts, problems=tuple(self.problems))

@@ -3545,7 +3545,28 @@ def test_copy_adds_what_the_target_lacks_and_twice_is_once(store, target):
     assert copy_store(store, target) == ImportSummary()
 
 
+@pytest.mark.parametrize(
+    "statement, key",
+    [
+        ("INSERT INTO cache VALUES (x'ff', x'00')", "b'\\xff'"),
+        ("INSERT INTO cache VALUES ('k', 5)", "k"),
+        ("INSERT INTO process_vars VALUES ('b', 'k', 'a' || char(0))", "k"),
+        ("INSERT INTO process_vars VALUES ('b', 'k', x'ff00')", "k"),
+        ("UPDATE history SET ref = x'ff'", "b'\\xff'"),
+        ("UPDATE history SET exit_code = 'abc'", "build"),
+    ],
+)
+def test_copy_names_a_row_that_no_store_holds(store, target, path, statement, key):
+    store.record_execution(record())
+    store.set_cache_entry("good", b"")
+    by_hand(path, statement)
+    found = copy_store(store, target)
+    assert [problem[1] for problem in found.problems] == [key]
+    assert found.cache == 1
+
+
 def test_copy_of_many_rows_keeps_the_order_of_insertion(store, target):
+
     with store.transaction() as writer:
         for name in map("{:03}".format, range(350)):
             writer.record_execution(record(name[-1], label=name))
@@ -3644,6 +3665,10 @@ def test_open_store_by_each_kind_of_name(path, tmp_path, monkeypatch):
     for name in ("postgresql://user:secret@host/db", None):
         with pytest.raises(ValueError, match="open_store") as caught:
             SQLiteDataStore(name)
+        assert "secret" not in str(caught.value)
+    for name in ("postgresql+psycopg://u:secret@h/d", " postgres://h", "POSTGRES://h"):
+        with pytest.raises(ValueError, match="url must be") as caught:
+            flowstore.open_store(name)
         assert "secret" not in str(caught.value)
 
 
@@ -3856,7 +3881,8 @@ def test_a_url_that_shows_pieces_of_a_password_is_refused(url):
         ("postgresql://me:hidden:b?c#d[@h:1/d", "postgresql://me@h:1/d", "flowstore"),
         ("postgres://me@h/d?schema=a%3Ab&x=1", "postgres://me@h/d?schema=a%3Ab&x=1", "a:b"),
         ("postgresql:///d?x=1&password=hidden&schema=y", "postgresql:///d?x=1&schema=y", "y"),
-        ("postgresql://?user=me&sslpassword=hidden", "postgresql://?user=me", "flowstore"),
+        ("postgresql://?user=me&sslPassword=hidden", "postgresql://?user=me", "flowstore"),
+
     ],
 )  # fmt: skip
 def test_the_path_is_the_url_without_a_password_on_a_server(server, url, path, schema):
@@ -4115,7 +4141,36 @@ def test_a_copy_between_engines_has_all_and_what_is_there_wins(
     assert new.reconcile() == 1  # by the owners' notes, which came along
 
 
+def test_an_error_of_a_handlers_own_class_passes_on_a_server(server):
+    def handle(*_):
+        raise Limit(4, "a limit")
+
+    schema = server.new_schema()
+    store = server.store(schema=schema)
+    before = signal.signal(signal.SIGALRM, handle)
+    with server.psycopg() as other, other.transaction():
+        other.execute(f"SELECT version FROM {schema}.store FOR UPDATE")
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(Limit):
+            store.set_cache_entry("k", b"v")
+    signal.signal(signal.SIGALRM, before)
+    assert store.list_cache_keys() == []
+
+
+def test_a_schema_has_any_name_whatever_encoding_the_role_has_on_a_server(server):
+    server.sql("CREATE ROLE latin LOGIN SUPERUSER")
+    server.sql("ALTER ROLE latin SET client_encoding = 'LATIN1'")
+    import psycopg
+
+    store = server.store(
+        schema="схема", connect=lambda: psycopg.connect(server.url(user="latin"))
+    )
+    store.set_process_var("b", "é", "\U0001f600")
+    assert store.get_all_process_vars("b") == {"é": "\U0001f600"}
+
+
 def test_a_store_that_was_dropped_is_made_anew_without_waiting_on_a_server(server):
+
     schema = server.new_schema()
     store = server.store(schema=schema, timeout=0)
     store.set_cache_entry("k", b"v")
